@@ -1,0 +1,69 @@
+# What a developer may ask for. The first demo or test makes .venv and installs into it; after that no network is needed.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench soak clean
+SHELL := /bin/sh
+
+EXTRAS ?= worker,dev
+ARGS ?=
+MINUTES ?= 20
+SEED ?= 1
+# Tests wait for servers and leases more than they compute: twice the cores of a small machine.
+JOBS ?= 4
+BIN := .venv/bin
+READY := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export PIP_NO_INPUT := 1
+
+help:
+	@echo 'make demo     install, render pictures, annotate them, score the boxes'
+	@echo 'make test     run the tests; ARGS="tests/jobs -x" chooses and changes them'
+	@echo 'make lint     ruff, mypy and the import rules'
+	@echo 'make format   let ruff repair and format the code'
+	@echo 'make bench    measure'
+	@echo 'make soak     random faults for MINUTES="$(MINUTES)" on real servers, then count'
+	@echo 'make install  only make .venv with the extras of EXTRAS="$(EXTRAS)"'
+	@echo 'make clean    delete what builds, tools and the demo have written; .venv stays'
+
+demo: $(READY)
+	$(BIN)/python -P demo/run.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -P benchmarks/run.py $(ARGS)
+
+install: $(READY)
+
+# setuptools comes first and pinned, so that building our own package downloads nothing.
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(BIN)/python:
+	@for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  "$$python" -m venv .venv && exit 0; \
+	  rm -rf .venv; \
+	  echo "$$python cannot make a virtual environment: on Debian or Ubuntu install python3-venv" >&2; exit 1; \
+	done; \
+	echo 'imagemill needs Python 3.11 or newer, and none is on PATH' >&2; exit 1
+
+clean:
+	rm -rf build dist .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Random faults on real servers, then everything must add up; prints what happened.
+soak: $(READY)
+	$(BIN)/python -P tests/soak.py --minutes $(MINUTES) --seed $(SEED)

@@ -1,0 +1,275 @@
+"""Brings a recipe's dataset into shards: fresh, stale or deleted, streamed in bounded memory.
+
+A key is fresh when its current row has the same fingerprint, stale when it is new or changed, deleted when a complete
+listing did not name it. Interrupted planning is gone on with by listing again and leaving out what the manifests that
+were written already hold: that is right whatever changed in the dataset meanwhile, where a position in the listing
+would not be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+
+from jobs import lifecycle, processes, sources
+from jobs.lifecycle import Job, NewShard, Planned
+from jobs.sources import ImageRef
+from storage import index
+from storage.database import Database
+from storage.errors import BadInput, ImagemillError
+from storage.objects import Store
+from storage.settings import Settings
+from storage.shardfile import read_manifest, write_manifest
+from storage.tables import shard
+
+_CHUNK = 8192  # references looked up at once
+_MANIFESTS = 256  # read at once
+_PRUNE_RATIO = 0.2  # of a recipe's items; losing more than that looks like an accident
+
+T = TypeVar("T")
+Progress = Callable[["Report"], None]
+
+
+@dataclass
+class Report:
+    """What planning has found so far; all in items."""
+
+    listed: int = 0
+    planned: int = 0
+    fresh: int = 0
+    duplicates: int = 0
+    pruned: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Seen:
+    """A set of keys in 16 bytes each: sorted runs of hashes, merged as they grow.
+
+    A 128-bit hash makes a false "seen", which would lose an image, less likely than a broken disk: for 10^8 keys about
+    10^-23 (the birthday bound n^2 / 2^129).
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[npt.NDArray[np.bytes_]] = []
+
+    def add(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Add keys; returns for each whether it was new, the first of two equal ones counting as new."""
+        hashes = _hashes(keys)
+        old = self._in_runs(hashes)
+        _, first = np.unique(hashes, return_index=True)
+        new = np.zeros(len(keys), bool)
+        new[first] = True
+        new &= ~old
+        self._merge(np.sort(hashes[new]))
+        return new
+
+    def contains(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """For each key whether it has been added."""
+        return self._in_runs(_hashes(keys))
+
+    def _in_runs(self, hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+        found = np.zeros(len(hashes), bool)
+        for run in self._runs:
+            at = np.searchsorted(run, hashes)
+            at[at == len(run)] = 0
+            found |= run[at] == hashes
+        return found
+
+    def _merge(self, run: npt.NDArray[np.bytes_]) -> None:
+        if not len(run):
+            return
+        # Each run at least twice as long as the next, so there are log2(n) of them.
+        while self._runs and len(self._runs[-1]) < 2 * len(run):
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        self._runs.append(run)
+
+
+def _hashes(keys: Sequence[str]) -> npt.NDArray[np.bytes_]:
+    # The last byte is never zero: numpy's fixed-length strings do not tell trailing zeros from padding.
+    digest = b"".join(hashlib.blake2b(key.encode(), digest_size=15).digest() + b"\x01" for key in keys)
+    return np.frombuffer(digest, dtype="S16")
+
+
+def look(spec_dataset: str, settings: Settings) -> ImageRef | None:
+    """The first image of a dataset, or None when it is empty: asked before a job is made of it."""
+    return next(iter(sources.refs(spec_dataset, settings)), None)
+
+
+def plan(
+    db: Database,
+    store: Store,
+    settings: Settings,
+    job: Job,
+    *,
+    prune_all: bool = False,
+    on_progress: Progress = lambda report: None,
+    on_shards: Callable[[], None] = lambda: None,
+) -> Report | None:
+    """Plan a job to its end; None when another process is planning it or has planned it.
+
+    Args:
+        prune_all: also mark deleted items when they are more than a fifth of the recipe.
+        on_shards: called after shards have become claimable.
+
+    Raises:
+        BadInput, Unavailable: the dataset cannot be listed to its end. The job stays, half planned; nothing is pruned.
+        Conflict: the job was cancelled meanwhile.
+    """
+    planner = processes.new_name()
+    if not lifecycle.start_planning(db, job.id, planner):
+        return None
+    report = Report()
+    try:
+        with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
+            planning = _Planning(db, store, settings, job, planner, report, pool, on_shards)
+            seen = planning.run(on_progress)
+        report.pruned = 0 if job.only else _prune(db, job, planner, seen, report, prune_all)
+        lifecycle.end_planning(db, job.id, planner, pruned=report.pruned)
+    except (ImagemillError, KeyboardInterrupt) as error:
+        lifecycle.stop_planning(db, job.id, planner, str(error))
+        raise
+    lifecycle.finish(db, job.id)
+    on_progress(report)
+    return report
+
+
+@dataclass
+class _Planning:
+    """One pass over the listing."""
+
+    db: Database
+    store: Store
+    settings: Settings
+    job: Job
+    planner: str
+    report: Report
+    pool: ThreadPoolExecutor
+    on_shards: Callable[[], None]
+    waiting: list[tuple[ImageRef, bool]] = field(default_factory=list)  # (reference, whether it replaces a row)
+    number: int = 0
+
+    def run(self, on_progress: Progress) -> Seen:
+        done = self._planned_before()
+        seen = Seen()
+        compare = index.has_items(self.db, self.job.recipe_id)
+        for chunk in _chunks(self._refs(), _CHUNK):
+            keys = [ref.key for ref in chunk]
+            new = seen.add(keys)
+            duplicates = len(chunk) - int(new.sum())
+            todo = new & ~done.contains(keys) if done else new
+            stale, fresh = self._sorted_out([r for r, t in zip(chunk, todo, strict=True) if t], compare)
+            self.waiting += stale
+            self._emit(fresh, duplicates, last=False)
+            self.report.listed += len(chunk)
+            on_progress(self.report)
+        self._emit(0, 0, last=True)
+        return seen
+
+    def _refs(self) -> Iterator[ImageRef]:
+        """The dataset, or for a retry the recipe's own rows."""
+        if not self.job.only:
+            return sources.refs(self.job.spec.dataset, self.settings)
+        where = {"failures": {"ok": False}, "retry": {"retry": True}}[self.job.only]
+        rows = index.find(self.db, self.job.recipe_id, **where)  # type: ignore[arg-type]
+        return (ImageRef(row.key, row.uri, row.fingerprint) for row in rows)
+
+    def _planned_before(self) -> Seen | None:
+        """The keys in the shards that an interrupted planner wrote."""
+        query = sa.select(shard.c.number, shard.c.manifest_key, shard.c.size).where(shard.c.job_id == self.job.id)
+        rows = self.db.query(query.order_by(shard.c.number))
+        if not rows:
+            return None
+        done = Seen()
+        for part in _chunks(rows, _MANIFESTS):
+            for manifest in self.pool.map(lambda row: read_manifest(self.store, row.manifest_key), part):
+                done.add([key for key, _, _ in manifest])
+            lifecycle.keep_planning(self.db, self.job.id, self.planner)
+        self.number = rows[-1].number + 1
+        self.report.planned = sum(row.size for row in rows)
+        return done
+
+    def _sorted_out(self, refs: list[ImageRef], compare: bool) -> tuple[list[tuple[ImageRef, bool]], int]:
+        """The stale ones among references, each with whether it replaces a row, and how many are fresh."""
+        if not compare:
+            return [(ref, False) for ref in refs], 0
+        known = index.known(self.db, self.job.recipe_id, [ref.key for ref in refs])
+        stale, back = [], []
+        for ref in refs:
+            row = known.get(ref.key)
+            if row is None or self.job.force or self.job.only or row.retry or row.fingerprint != ref.fingerprint:
+                stale.append((ref, row is not None))
+            elif row.pruned:
+                back.append(row.item_id)
+        if back:
+            self.db.transact(lambda tx: index.mark_pruned(tx, back, pruned=False))
+        return stale, len(refs) - len(stale)
+
+    def _emit(self, fresh: int, duplicates: int, *, last: bool) -> None:
+        """Write the manifests of full shards (and at the end of the rest), then make them claimable."""
+        size = self.job.spec.shard_size
+        whole = len(self.waiting) if last else len(self.waiting) // size * size
+        parts = [self.waiting[i : min(i + size, whole)] for i in range(0, whole, size)]
+        self.waiting = self.waiting[whole:]
+        shards = list(self.pool.map(self._write, itertools.count(self.number), parts))
+        self.report.planned += sum(len(part) for part in parts)
+        self.report.fresh += fresh
+        self.report.duplicates += duplicates
+        totals = Planned(self.report.planned, self.report.fresh, self.report.duplicates)
+        lifecycle.add_shards(self.db, self.job.id, self.planner, self.number, shards, totals)
+        self.number += len(shards)
+        if shards:
+            self.on_shards()
+
+    def _write(self, number: int, part: list[tuple[ImageRef, bool]]) -> NewShard:
+        key = f"jobs/{self.job.id}/manifests/{number:07d}-{self.planner[:8]}.parquet"
+        write_manifest(self.store, key, [(ref.key, ref.uri, ref.fingerprint) for ref, _ in part])
+        return NewShard(key, len(part), sum(replaces for _, replaces in part))
+
+
+def _prune(db: Database, job: Job, planner: str, seen: Seen, report: Report, prune_all: bool) -> int:
+    """Mark the items that a complete listing did not name."""
+    total = gone = 0
+    for page in index.current_keys(db, job.recipe_id):
+        total += len(page)
+        gone += int((~seen.contains([key for key, _ in page])).sum())
+        lifecycle.keep_planning(db, job.id, planner)
+    if not gone:
+        return 0
+    if not report.listed:
+        report.notes.append(f"the dataset is empty now; nothing pruned, {total} results kept")
+        return 0
+    if gone > _PRUNE_RATIO * total and not prune_all:
+        report.notes.append(
+            f"{gone} of {total} images are gone from the dataset, more than {_PRUNE_RATIO:.0%}; "
+            "nothing pruned; if that is right, run again with --prune-all"
+        )
+        return 0
+    for page in index.current_keys(db, job.recipe_id):
+        absent = ~seen.contains([key for key, _ in page])
+        ids = [row_id for (_, row_id), a in zip(page, absent, strict=True) if a]
+        lifecycle.prune(db, job.id, planner, ids)
+    return gone
+
+
+def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(values)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def check_not_empty(db: Database, spec_dataset: str, recipe_items: bool, first: ImageRef | None) -> None:
+    """Raise BadInput for a dataset without images, before anything is made of it."""
+    if first is not None:
+        return
+    if recipe_items:
+        raise BadInput(f"dataset {spec_dataset!r} is empty now; nothing was pruned, its results are kept")
+    suffixes = ", ".join(sorted(sources.IMAGE_SUFFIXES))
+    raise BadInput(f"dataset {spec_dataset!r} has no images: expected files ending in {suffixes}")

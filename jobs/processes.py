@@ -1,0 +1,50 @@
+"""Names of processes that can be told dead from beside them: where their pid means something, the pid, and a nonce."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import uuid
+from functools import lru_cache
+from pathlib import Path
+
+
+@lru_cache(maxsize=1)
+def host() -> str:
+    """The place in which this process's pid means something: host, boot, and pid namespace."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "/".join(parts)
+
+
+def new_name() -> str:
+    """A name for what this process is about to do, never used before."""
+    return f"{uuid.uuid4().hex} {os.getpid()} {host()}"
+
+
+def is_gone(name: str) -> bool:
+    """Whether the process that made this name has certainly ended. False where it cannot be told from here."""
+    _, pid, place = [*name.split(" ", 2), "", ""][:3]
+    return place == host() and pid.isdecimal() and not exists(int(pid))
+
+
+def exists(pid: int) -> bool:
+    """Whether a process of this pid runs here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether it has ended and nobody has waited for it, as in a container whose first process is no init."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    return False

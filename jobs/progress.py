@@ -1,0 +1,237 @@
+"""The read-only questions: which jobs there are, how far each is, how fast, what failed and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobs import states
+from jobs.leases import LIVE
+from storage import index
+from storage.database import Database, db_now
+from storage.errors import BadInput, NotFound, one_line
+from storage.tables import job, recipe, shard, worker
+
+_MANY = 1_000_000  # rows nobody reads to their end
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a job is. Committed and live counts are kept apart; all counts are items unless they say shards.
+
+    Attributes:
+        planned: to be computed by this job; grows while it is planned.
+        fresh: found up to date already, not computed again.
+        results, failures: committed; when the job has ended, planned = results + failures.
+        live: finished by workers but not committed yet.
+        rate: items a second of the workers that hold its shards.
+        time_left_s: at that rate, or None where it cannot be told.
+    """
+
+    id: int
+    name: str
+    state: str
+    reason: str
+    dataset: str
+    kind: str
+    model: str
+    priority: int
+    planned: int
+    fresh: int
+    duplicates: int
+    pruned: int
+    results: int
+    failures: int
+    live: int
+    rate: float
+    time_left_s: float | None
+    workers: int
+    shards: dict[str, int]
+    errors: int
+    crashes: int
+    device_s: float
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    recipe_id: int
+    spec: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Items with an outcome, committed or not."""
+        return self.results + self.failures + self.live
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is final."""
+        return self.state in states.JOB_FINAL
+
+
+def status(db: Database, job_id: int) -> Status:
+    """One job. Raises NotFound."""
+    query = sa.select(job, recipe.c.dataset, recipe.c.kind, db_now().label("now"))
+    rows = db.query(query.join(recipe, recipe.c.id == job.c.recipe_id).where(job.c.id == job_id))
+    if not rows:
+        raise NotFound(f"there is no job {job_id}; list them with: imagemill jobs")
+    return _statuses(db, rows)[0]
+
+
+def jobs(db: Database, *, limit: int = 50, active: bool = False) -> list[Status]:
+    """The newest jobs, newest first."""
+    if limit < 0:
+        raise BadInput(f"the limit must be 0 or more, but got {limit}")
+    limit = min(limit, _MANY)
+    query = sa.select(job, recipe.c.dataset, recipe.c.kind, db_now().label("now"))
+    query = query.join(recipe, recipe.c.id == job.c.recipe_id).order_by(job.c.id.desc()).limit(limit)
+    if active:
+        query = query.where(job.c.finished_at.is_(None))
+    return _statuses(db, db.query(query))
+
+
+def find_job(db: Database, text: str) -> int:
+    """The id of a job given as its number, its name (the newest of that name), or "latest". Raises NotFound."""
+    if text.isdecimal() and len(text) < 19:  # more digits than a row's number can have make it a name
+        where: Any = job.c.id == int(text)
+    elif text == "latest":
+        where = sa.true()
+    elif text:
+        where = job.c.name == one_line(text)
+    else:
+        raise BadInput("expected a job's number, its name, or 'latest', but got nothing")
+    rows = db.query(sa.select(job.c.id).where(where).order_by(job.c.id.desc()).limit(1))
+    if not rows:
+        raise NotFound(f"there is no job {text!r}; list them with: imagemill jobs")
+    return int(rows[0].id)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker process as the database knows it."""
+
+    id: str
+    name: str
+    device: str
+    queue: str
+    state: str
+    desired: str
+    model: str
+    items: int
+    rate: float
+    heartbeat_age_s: float
+    shards: int
+
+
+def workers(db: Database, *, live_only: bool = True) -> list[Worker]:
+    """The workers, newest first."""
+    leased = sa.select(sa.func.count()).where(shard.c.worker_id == worker.c.id, shard.c.state == states.LEASED)
+    age = (db_now() - worker.c.heartbeat_at).label("age")
+    query = sa.select(worker, age, leased.scalar_subquery().label("shards")).order_by(worker.c.started_at.desc())
+    if live_only:
+        query = query.where(worker.c.state == LIVE)
+    return [
+        Worker(
+            id=row.id,
+            name=row.name,
+            device=row.device,
+            queue=row.queue,
+            state=row.state,
+            desired=row.desired,
+            model=row.model,
+            items=row.done_items,
+            rate=row.rate,
+            heartbeat_age_s=max(0.0, row.age),
+            shards=row.shards,
+        )
+        for row in db.query(query)
+    ]
+
+
+def failures(db: Database, job_id: int) -> list[tuple[str, str, int]]:
+    """(stage, reason, images) of a job's recipe, most first."""
+    return index.reason_counts(db, status(db, job_id).recipe_id)
+
+
+def _statuses(db: Database, rows: Sequence[Any]) -> list[Status]:
+    ids = [row.id for row in rows]
+    shards = _shard_counts(db, ids)
+    live = _live(db, ids)
+    return [_status(row, shards.get(row.id, []), live.get(row.id, (0, 0.0, 0))) for row in rows]
+
+
+def _shard_counts(db: Database, ids: Sequence[int]) -> dict[int, list[Any]]:
+    total = sa.func.sum
+    columns = (
+        shard.c.job_id,
+        shard.c.state,
+        sa.func.count().label("n"),
+        total(shard.c.results).label("results"),
+        total(shard.c.failures).label("failures"),
+        total(shard.c.errors).label("errors"),
+        total(shard.c.crashes).label("crashes"),
+        total(shard.c.device_s).label("device_s"),
+    )
+    query = sa.select(*columns).where(shard.c.job_id.in_(ids)).group_by(shard.c.job_id, shard.c.state)
+    answer: dict[int, list[Any]] = {}
+    for row in db.query(query):
+        answer.setdefault(row.job_id, []).append(row)
+    return answer
+
+
+def _live(db: Database, ids: Sequence[int]) -> dict[int, tuple[int, float, int]]:
+    """job -> (items finished but not committed, items a second, workers), from the workers' last beats."""
+    columns = (shard.c.job_id, shard.c.id, shard.c.worker_id, worker.c.progress, worker.c.rate)
+    query = sa.select(*columns).join(worker, worker.c.id == shard.c.worker_id)
+    leased = shard.c.state == sa.literal_column(f"'{states.LEASED}'")
+    answer: dict[int, tuple[int, float, int]] = {}
+    counted: set[tuple[int, str]] = set()
+    for row in db.query(query.where(shard.c.job_id.in_(ids), leased, worker.c.state == LIVE)):
+        items, rate, n = answer.get(row.job_id, (0, 0.0, 0))
+        first = (row.job_id, row.worker_id) not in counted
+        counted.add((row.job_id, row.worker_id))
+        done = int(row.progress.get(str(row.id), 0))
+        answer[row.job_id] = (items + done, rate + (row.rate if first else 0), n + first)
+    return answer
+
+
+def _status(row: Any, shards: Sequence[Any], live: tuple[int, float, int]) -> Status:
+    results = sum(int(s.results) for s in shards)
+    failed = sum(int(s.failures) for s in shards)
+    live_items, rate, n_workers = live
+    left = max(0, row.planned - results - failed - live_items)
+    return Status(
+        id=row.id,
+        name=row.name,
+        state=states.shown(row.state, paused=row.paused, cancelled=row.cancelled),
+        reason=row.reason,
+        dataset=row.dataset,
+        kind=row.kind,
+        model=row.spec["model"],
+        priority=row.priority,
+        planned=row.planned,
+        fresh=row.fresh,
+        duplicates=row.duplicates,
+        pruned=row.pruned,
+        results=results,
+        failures=failed,
+        live=live_items,
+        rate=rate if row.finished_at is None else _mean_rate(row, results + failed),
+        time_left_s=left / rate if rate > 0 and row.finished_at is None else None,
+        workers=n_workers,
+        shards={s.state: int(s.n) for s in shards},
+        errors=sum(int(s.errors) for s in shards),
+        crashes=sum(int(s.crashes) for s in shards),
+        device_s=sum(float(s.device_s) for s in shards),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        recipe_id=row.recipe_id,
+        spec=row.spec,
+    )
+
+
+def _mean_rate(row: Any, items: int) -> float:
+    spent = (row.finished_at or 0) - (row.started_at or row.created_at)
+    return float(items / spent) if spent > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Bytes, rows and result formats: what was stored, never what a job means."""

@@ -1,0 +1,258 @@
+"""One SQL database, SQLite or Postgres: connections, whole-transaction retry, the database's clock, bulk inserts.
+
+All times are seconds since the epoch as floats, by the database's own clock, so both databases store and compare
+the same numbers and no worker's clock matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.ext.compiler import compiles
+
+from storage.errors import ImagemillError, Misconfigured, StoreFull, Unavailable
+from storage.settings import masked
+
+T = TypeVar("T")
+Tx = sa.Connection
+
+_UPGRADE = "run: imagemill db upgrade"
+
+# SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
+# timeouts, a server that shuts down, starts up, fails over or has no connection left (postgresql.org, appendix A).
+_PG_AGAIN = ("40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P05", "25P03", "53300", "25006", "08")
+_PG_REFUSED = ("28000", "28P01", "3D000", "42501")
+# What a connection is refused with carries no SQLSTATE in psycopg, only text.
+_PG_REFUSED_TEXTS = (
+    *("password authentication failed", "does not exist", "no pg_hba.conf entry", "not permitted to log in"),
+    *("invalid connection option", "connection is bad: invalid", "does not support SSL", "certificate verify failed"),
+)
+_PG_UNDEFINED = ("42P01", "42703", "3F000")
+
+
+class db_now(sa.sql.functions.FunctionElement[float]):
+    """The database's clock: seconds since the epoch. On Postgres it moves within a transaction."""
+
+    type = sa.Float(53)
+    inherit_cache = True
+
+
+@compiles(db_now, "postgresql")
+def _pg_now(element: Any, compiler: Any, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(element: Any, compiler: Any, **kw: Any) -> str:
+    # unixepoch('subsec') is NULL before SQLite 3.42.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+class Database:
+    """The SQL index behind a URL. Safe to use from several threads.
+
+    Args:
+        url: sqlite:///path or postgresql://user:password@host/name.
+        patience_s: how long a transaction is tried again while the server does not answer, before Unavailable.
+    """
+
+    def __init__(self, url: str, patience_s: float = 10) -> None:
+        self.url, self.patience_s = url, patience_s
+        self.engine = _engine(url, patience_s)
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Tx]:
+        """A read-only transaction. The errors of the library are translated; it is not tried again."""
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except (DBAPIError, sa.exc.TimeoutError) as error:
+            known = self._translated(error)
+            if known is error:
+                raise
+            raise known from error
+
+    def transact(self, work: Callable[[Tx], T]) -> T:
+        """Run `work` in one write transaction; on a lost connection or lock run all of it again, within patience.
+
+        The answer to a COMMIT may be lost, so `work` may run again after it has succeeded: it must find that out itself
+        (a fence, a unique token) or be harmless twice.
+        """
+        deadline = time.monotonic() + self.patience_s
+        pause = 0.02
+        while True:
+            try:
+                with self._writing() as connection, connection.begin():
+                    return work(connection)
+            except Exception as error:
+                known = self._translated(error)
+                passing = isinstance(known, Unavailable) and not isinstance(known, StoreFull)
+                if not passing or time.monotonic() + pause > deadline:
+                    if known is error:
+                        raise
+                    raise known from error
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, 2.0)
+
+    def query(self, statement: sa.Executable) -> Sequence[Any]:
+        """All rows of one SELECT, tried again like a transaction."""
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                with self.read() as tx:
+                    return tx.execute(statement).fetchall()
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.05, 0.3))
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self.engine.dispose()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Tx]:
+        with self.engine.connect() as connection:
+            yield connection.execution_options(imagemill_write=True)
+
+    def _translated(self, error: Exception) -> Exception:
+        if isinstance(error, ImagemillError):
+            return error
+        if isinstance(error, sa.exc.TimeoutError):
+            return Unavailable(f"all connections to the database {masked(self.url)} are in use")
+        cause = (error.orig or error) if isinstance(error, DBAPIError) else error
+        if type(cause).__module__.startswith("psycopg"):
+            return _from_psycopg(cause, self.url, error)
+        if type(cause).__module__ == "sqlite3":
+            return _from_sqlite(cause, self.url, error)
+        return error
+
+
+def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Insert many rows at the speed of the driver: COPY on Postgres, executemany with bare tuples on SQLite.
+
+    Raises the same errors as any other statement, such as IntegrityError for a row that is there already.
+    """
+    if not rows:
+        return
+    names = ", ".join(f'"{c}"' for c in columns)
+    if tx.dialect.name == "postgresql":
+        raw = tx.connection.driver_connection
+        assert raw is not None
+        statement = f'COPY "{table.name}" ({names}) FROM STDIN'
+        base = tx.dialect.loaded_dbapi.Error
+        try:
+            with raw.cursor() as cursor, cursor.copy(statement) as copy:
+                for row in rows:
+                    copy.write_row(row)
+        except base as error:
+            # COPY goes around SQLAlchemy, so the driver's errors are put into its clothes here.
+            raise DBAPIError.instance(statement, None, error, base, dialect=tx.dialect) from error
+    else:
+        marks = ", ".join("?" for _ in columns)
+        tx.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', list(rows))  # noqa: S608
+
+
+def _engine(url: str, patience_s: float) -> sa.Engine:
+    try:
+        parsed = sa.make_url(url)
+    except (ArgumentError, ValueError):
+        raise Misconfigured(_expected(url)) from None
+    try:
+        if parsed.get_backend_name() == "sqlite" and parsed.database and ":memory:" not in url:
+            return _sqlite_engine(parsed, patience_s)
+        if parsed.get_backend_name() == "postgresql":
+            return _postgres_engine(parsed)
+    except (NoSuchModuleError, ValueError):
+        pass
+    raise Misconfigured(_expected(url))
+
+
+def _expected(url: str) -> str:
+    return f"cannot use {masked(url)!r} as a database: expected sqlite:///path or postgresql://user:password@host/name"
+
+
+def _sqlite_engine(url: sa.URL, patience_s: float) -> sa.Engine:
+    assert url.database is not None
+    with contextlib.suppress(OSError):
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": patience_s}, pool_size=8)
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Tx) -> None:
+        # A transaction that reads first and writes later would fail, not wait, when another writer came between.
+        writes = connection.get_execution_options().get("imagemill_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgres_engine(url: sa.URL) -> sa.Engine:
+    return sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_pre_ping=True,
+        pool_size=4,
+        max_overflow=8,
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+            "prepare_threshold": None,  # prepared statements break behind PgBouncer in transaction mode
+            "application_name": "imagemill",
+            "options": "-c lock_timeout=15000 -c statement_timeout=120000 -c idle_in_transaction_session_timeout=60000",
+        },
+    )
+
+
+def _from_psycopg(cause: BaseException, url: str, error: Exception) -> Exception:
+    state = getattr(cause, "sqlstate", None) or ""
+    text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if state in _PG_UNDEFINED:
+        return Misconfigured(f"the database {masked(url)} lacks a table or column of this version; {_UPGRADE}")
+    if state == "42P07":
+        return Misconfigured(_stranger(url, text))
+    if state in _PG_REFUSED or (not state and any(words in text for words in _PG_REFUSED_TEXTS)):
+        return Misconfigured(f"Postgres refused {masked(url)}: {text}; check IMAGEMILL_DATABASE_URL")
+    if state in ("53100", "53200"):
+        return StoreFull(f"Postgres has no space left: {text}")
+    # Without a state it never reached the server: the connection is lost, or the driver refuses a value.
+    lost = not state and type(cause).__name__ in ("OperationalError", "InterfaceError", "ConnectionTimeout")
+    if state.startswith(_PG_AGAIN) or lost:
+        return Unavailable(f"cannot reach the database {masked(url)}: {text}")
+    return error
+
+
+def _stranger(url: str, text: str) -> str:
+    return f"the database {masked(url)} has tables of another program ({text}); give imagemill one of its own"
+
+
+def _from_sqlite(cause: BaseException, url: str, error: Exception) -> Exception:
+    text = str(cause)
+    if "locked" in text or "busy" in text:
+        return Unavailable(f"the database {masked(url)} is held by another process for too long")
+    if "disk is full" in text or "disk I/O error" in text:
+        return StoreFull(f"no space left for the database {masked(url)}; free some and run the same command again")
+    if "unable to open" in text or "readonly" in text:
+        return Misconfigured(f"cannot open the database {masked(url)}: {text}; check the folder and its permissions")
+    if "no such table" in text or "no such column" in text or "has no column" in text:
+        return Misconfigured(f"the database {masked(url)} lacks a table or column of this version; {_UPGRADE}")
+    if "already exists" in text:
+        return Misconfigured(_stranger(url, text))
+    if "not a database" in text or "malformed" in text:
+        return Misconfigured(f"{masked(url)} is not an imagemill database: {text}; move the file away")
+    return error

@@ -1,0 +1,116 @@
+"""How the whole-flow tests run the console script: as a user does, in subprocesses, with an environment for a stack."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from storage.settings import Settings
+from tests.invariants import check, rows
+
+
+def run(stack: Mapping[str, str], *arguments: str, code: int | None = 0, timeout_s: float = 120) -> Any:
+    """Run imagemill to its end; asserts the exit code and that no traceback was shown."""
+    done = subprocess.run(
+        ["imagemill", *arguments], env=dict(stack), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert code is None or done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def run_json(stack: Mapping[str, str], *arguments: str, **more: Any) -> Any:
+    """Run a command with --json and parse what it prints."""
+    return json.loads(run(stack, *arguments, "--json", **more).stdout)
+
+
+@contextmanager
+def background(stack: Mapping[str, str], *arguments: str, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, killed at the end if it still runs."""
+    output = log.open("ab") if log else subprocess.DEVNULL
+    process = subprocess.Popen(
+        ["imagemill", *arguments], env=dict(stack), stdout=output, stderr=output, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextmanager
+def workers(stack: Mapping[str, str], *, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """The stack's workers: `worker` on a fleet, `up` on a laptop."""
+    with background(stack, "worker" if is_fleet(stack) else "up", "--device", "cpu", log=log) as process:
+        yield process
+
+
+def is_fleet(stack: Mapping[str, str]) -> bool:
+    """Whether everything is named by URL."""
+    return "IMAGEMILL_BROKER_URL" in stack
+
+
+def pictures(folder: Path, count: int, *, size: tuple[int, int] = (64, 48), seed: int = 0) -> list[str]:
+    """Write small noisy JPEGs; returns their keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    keys = []
+    for i in range(count):
+        pixels = np.full((size[1], size[0], 3), rng.integers(0, 255, 3), np.uint8)
+        pixels[: size[1] // 2] //= 2
+        key = f"{i % 7}/picture-{i:05d}.jpg"
+        (folder / key).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / key, quality=85)
+        keys.append(key)
+    return keys
+
+
+def database_url(stack: Mapping[str, str]) -> str:
+    """Where the stack's index is."""
+    return stack.get("IMAGEMILL_DATABASE_URL") or f"sqlite:///{stack['IMAGEMILL_HOME']}/imagemill.db"
+
+
+def store_url(stack: Mapping[str, str]) -> str:
+    """Where the stack's objects are."""
+    return stack.get("IMAGEMILL_STORE_URL") or (Path(stack["IMAGEMILL_HOME"]) / "store").as_uri()
+
+
+def check_all(stack: Mapping[str, str], keys: list[str], *, ended: bool = True) -> None:
+    """Every invariant over the stack's index and store."""
+    settings = Settings(s3_endpoint_url=stack.get("IMAGEMILL_S3_ENDPOINT_URL", ""))
+    check(database_url(stack), store_url(stack), settings, keys=keys, ended=ended)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> float:
+    """Wait for a condition; returns how long it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout_s, f"waited {timeout_s} s for: {what}"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def committed(stack: Mapping[str, str]) -> int:
+    """Items committed so far."""
+    return int(rows(database_url(stack), "SELECT coalesce(sum(results + failures), 0) AS n FROM shard")[0].n)
+
+
+def prepare(stack: Mapping[str, str]) -> None:
+    """Make the tables where the stack does not make them itself."""
+    if is_fleet(stack):
+        run(stack, "db", "upgrade")

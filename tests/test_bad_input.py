@@ -1,0 +1,541 @@
+"""What a user gets wrong is answered in one line that says what to do, with the right exit code, and leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import flow
+from tests.flow import pictures, run, run_json
+from tests.invariants import rows
+from tests.services import HOST, SCRIPTS, Postgres, SeaweedFS, Valkey, free_ports
+
+Stack = dict[str, str]
+PER_COMMAND_S = 30
+
+# A fresh process for each command without paying its imports each time: the parent has imported what `imagemill` does,
+# and forks. It gets one line of JSON a command; the child is then what the console script is.
+_FORKER = """
+import json, os, sys, traceback
+import cli
+import click, celery, sqlalchemy, alembic.command, pydantic_settings, pyarrow.parquet, boto3, obstore, psycopg, redis
+import jobs.plan, jobs.queue, jobs.reconcile, storage.s3, storage.folder, storage.migrate, workers.submit
+import workers.runjob, workers.local, workers.models.yolo, workers.models.stub, storage.exporters.coco
+for line in sys.stdin:
+    call = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.clear()
+        os.environ.update(call["env"])
+        os.chdir(call["cwd"])
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(os.path.join(call["cwd"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = ["imagemill", *call["arguments"]]
+        code = 1
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a command ended."""
+
+    code: int
+    lines: list[str]
+    seconds: float
+
+
+class Forker:
+    """Runs commands in fresh processes that are quick to make."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, stack: Mapping[str, str], *arguments: str) -> Answer:
+        """One command to its end."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        started = time.monotonic()
+        call = {"env": dict(stack), "cwd": str(self.folder), "arguments": arguments}
+        process.stdin.write(json.dumps(call) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        lines = (self.folder / "err").read_text(errors="replace").strip().splitlines()
+        return Answer(code, lines, time.monotonic() - started)
+
+    def close(self) -> None:
+        """End the parent."""
+        self._process.communicate(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
+    made = Forker(tmp_path_factory.mktemp("forker"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures, wrong folders and wrong model files."""
+    folder = tmp_path_factory.mktemp("files")
+    pictures(folder / "images", 3)
+    (folder / "empty").mkdir()
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt.bak").write_text("no picture")
+    (folder / "text.pt").write_text("these are no weights")
+    (folder / "nothing.pt").write_bytes(b"")
+    with zipfile.ZipFile(folder / "other.pt", "w") as archive:
+        archive.writestr("word/document.xml", "a letter" * 1000)
+    (folder / "truncated.pt").write_bytes((folder / "other.pt").read_bytes()[:60])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done_home(forker: Forker, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with one finished job, which no test may change."""
+    folder = tmp_path_factory.mktemp("done") / "home"
+    run(plain(folder), "annotate", str(files / "images"), "--model", "stub", "--device", "cpu", "--quiet")
+    return folder
+
+
+def plain(home: Path, **more: str) -> Stack:
+    """A laptop's environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("IMAGEMILL_", "AWS_"))}
+    path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, "AWS_EC2_METADATA_DISABLED": "true", "IMAGEMILL_HOME": str(home), **more}
+
+
+def refused(answer: Answer, code: int, *words: str) -> None:
+    """One line, no traceback, the right exit code, and the words that help."""
+    text = "\n".join(answer.lines)
+    assert "Traceback" not in text, text[-3000:]
+    assert answer.code == code, (answer.code, text)
+    assert len(answer.lines) == 1, text
+    for word in words:
+        assert word in text, text
+    assert answer.seconds < PER_COMMAND_S
+
+
+def no_jobs(home: Path) -> None:
+    """Nothing was made of the request."""
+    database = home / "imagemill.db"
+    if database.is_file() and database.stat().st_size:
+        assert rows(f"sqlite:///{database}", "SELECT * FROM job") == []
+    store = home / "store"
+    assert not store.exists() or not [path for path in store.rglob("*") if path.is_file()]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrong `annotate`: what differs from a right one, and what the one line must hold."""
+
+    words: tuple[str, ...]
+    source: str = "images"
+    model: str = "stub"
+    more: tuple[str, ...] = ()
+    code: int = 2
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+WRONG = {
+    "missing folder": Case(("does not exist", "check the spelling"), source="nowhere"),
+    "empty folder": Case(("no images", "expected files ending in"), source="empty"),
+    "folder without images": Case(("no images", ".jpg"), source="texts"),
+    "one file": Case(("text.pt",), source="text.pt"),
+    "missing manifest": Case(("does not exist",), source="list.csv"),
+    "misspelt model": Case(("unknown model 'stbu'", "did you mean 'stub'?", "imagemill models"), model="stbu"),
+    "no model": Case(("unknown model ''", "imagemill models"), model=""),
+    "missing model file": Case(("there is no model file", "check the path"), model="gone/model.pt"),
+    "model is a folder": Case(("there is no model file",), model="FILES/images"),
+    "model is text": Case(("no checkpoint of a known family",), model="FILES/text.pt"),
+    "model is empty": Case(("no checkpoint of a known family",), model="FILES/nothing.pt"),
+    "model is another zip": Case(("no checkpoint of a known family",), model="FILES/other.pt"),
+    "model is truncated": Case(("no checkpoint of a known family",), model="FILES/truncated.pt"),
+    "parameter the model lacks": Case(("no parameter 'conf'", "it has:"), more=("--conf", "0.5")),
+    "classes the model lacks": Case(("no parameter 'classes'",), more=("--classes", "dog")),
+    "batch of 0": Case(("--batch must be at least 1",), more=("--batch", "0")),
+    "negative batch": Case(("--batch must be at least 1",), more=("--batch", "-4")),
+    "shard of 0": Case(("--shard-size must be from 1 to",), more=("--shard-size", "0")),
+    "huge shard": Case(("--shard-size must be from 1 to",), more=("--shard-size", "65537")),
+    "unknown parameter": Case(("no parameter 'colour'", "it has:"), more=("--param", "colour=red")),
+    "nameless parameter": Case(("no parameter ''",), more=("--param", "=1")),
+    "parameter of a wrong type": Case(("delay_ms must be a number",), more=("--param", "delay_ms=long")),
+    "parameter out of range": Case(("objects must be a whole number",), more=("--param", "objects=-1")),
+    "parameter is NaN": Case(("delay_ms must be",), more=("--param", "delay_ms=NaN")),
+    "parameter is infinite": Case(("finite",), more=("--param", "delay_ms=Infinity")),
+    "precision": Case(("unknown precision 'fp8'", "fp32"), more=("--precision", "fp8")),
+    "failure share over 1": Case(("from 0 to 1",), more=("--max-failures", "20")),
+    "failure share is NaN": Case(("from 0 to 1",), more=("--max-failures", "nan")),
+    "negative failure share": Case(("from 0 to 1",), more=("--max-failures", "-1")),
+    "priority": Case(("a priority must be from",), more=("--priority", "99999999999999999999")),
+    "token of two lines": Case(("a token must be",), more=("--token", "a\nb")),
+    "ftp source": Case(("cannot tell what dataset",), source="ftp://host/images"),
+    "http source": Case(("cannot tell what dataset",), source="http://169.254.169.254/latest/meta-data"),
+    "https manifest": Case(("cannot tell what dataset",), source="https://host/list.csv"),
+    "s3 without bucket": Case(("expected s3://bucket/prefix",), source="s3://"),
+    "s3 with password": Case(("AWS_", "user:***@"), source="s3://user:hunter2@bucket/x"),
+    "empty source": Case(("cannot tell what dataset ''",), source=""),
+    "control character": Case(("does not exist",), source="\x01\x02"),
+    "s3 without credentials": Case(("AWS_ACCESS_KEY_ID",), source="s3://bucket/x", code=1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_request_is_one_line_and_leaves_nothing(forker: Forker, files: Path, tmp_path: Path, name: str) -> None:
+    case = WRONG[name]
+    source = str(files / case.source) if case.source and "://" not in case.source else case.source
+    model = case.model.replace("FILES", str(files))
+    home = tmp_path / "home"
+    stack = plain(home, **case.env)
+    command = ("annotate", source, "--model", model, "--device", "cpu", "--quiet", *case.more)
+    refused(forker.run(stack, *command), case.code, *case.words)
+    no_jobs(home)
+
+
+def test_the_console_script_itself_answers_so(files: Path, tmp_path: Path) -> None:
+    stack = plain(tmp_path / "home")
+    done = run(stack, "annotate", str(files / "images"), "--model", "stbu", "--quiet", code=2)
+    assert done.stderr.count("\n") == 1
+    assert "did you mean 'stub'?" in done.stderr
+
+
+DEVICES = ("tpu", "7", "", "gpu", "cpu,7")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_is_not_there_leaves_no_job(forker: Forker, files: Path, tmp_path: Path, device: str) -> None:
+    home = tmp_path / "home"
+    command = ("annotate", str(files / "images"), "--model", "stub", "--quiet", "--device", device)
+    refused(forker.run(plain(home), *command), 2, "device" if device != "gpu" else "no NVIDIA GPU")
+    no_jobs(home)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_is_not_there_is_one_line(forker: Forker, files: Path, tmp_path: Path, device: str) -> None:
+    stack = plain(tmp_path / "home")
+    for command in (("annotate", str(files / "images"), "--model", "stub", "--quiet"), ("up",)):
+        refused(
+            forker.run(stack, *command, "--device", device), 2, "this machine has" if device != "gpu" else "--device"
+        )
+
+
+def test_an_impossible_place_for_the_export_leaves_no_job(forker: Forker, files: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    command = ("annotate", str(files / "images"), "--model", "stub", "--quiet", "--device", "cpu")
+    refused(forker.run(plain(home), *command, "--out", "ftp://host/x"), 2, "s3://bucket/prefix")
+    no_jobs(home)
+
+
+CLICK = (
+    ("annotate",),
+    ("annotate", "images"),
+    ("annotate", "images", "--model", "stub", "--conf", "high"),
+    ("annotate", "images", "--model", "stub", "--imgsz", "big"),
+    ("annotate", "images", "--model", "stub", "--param", "delay_ms"),
+    ("annotate", "images", "--model", "stub", "--colour"),
+    ("anotate",),
+    ("export", "--format", "coco"),
+    ("results", "--min-score", "high"),
+    ("priority", "1", "high"),
+    ("worker",),
+)
+
+
+@pytest.mark.parametrize("command", CLICK, ids=" ".join)
+def test_a_wrong_option_ends_with_what_is_wrong(forker: Forker, tmp_path: Path, command: tuple[str, ...]) -> None:
+    answer = forker.run(plain(tmp_path / "home"), *command)
+    text = "\n".join(answer.lines)
+    assert (answer.code, "Traceback" in text) == (2, False), text
+    assert answer.lines[-1].startswith(("Error: ", "imagemill: ")), text
+
+
+@pytest.mark.parametrize("command", CLICK, ids=" ".join)
+def test_a_wrong_option_is_one_line(forker: Forker, tmp_path: Path, command: tuple[str, ...]) -> None:
+    refused(forker.run(plain(tmp_path / "home"), *command), 2)
+
+
+ON_A_DONE_JOB = {
+    "unknown job": (("status", "99"), 2, "there is no job '99'"),
+    "unknown name": (("status", "cats"), 2, "there is no job 'cats'"),
+    "huge number": (("status", "9" * 40), 2, "there is no job"),
+    "no number": (("status", ""), 2, "expected a job's number"),
+    "superscript": (("status", "²"), 2, "there is no job"),
+    "bytes that are no text": (("status", "\udcff"), 2, "there is no job"),
+    **{f"{verb} unknown": ((verb, "99"), 2, "there is no job '99'") for verb in ("pause", "resume", "cancel", "retry")},
+    **{f"{verb} unknown": ((verb, "99"), 2, "there is no job '99'") for verb in ("verify", "repair", "watch")},
+    **{f"{verb} unknown": ((verb, "99"), 2, "there is no job '99'") for verb in ("results", "failures")},
+    "priority unknown": (("priority", "99", "1"), 2, "there is no job '99'"),
+    "priority huge": (("priority", "1", "9" * 30), 2, "a priority must be from"),
+    "drain unknown": (("drain", "abc"), 2, "imagemill workers"),
+    "export unknown": (("export", "99", "--format", "coco", "--to", "OUT"), 2, "there is no job '99'"),
+    "format": (("export", "1", "--format", "coko", "--to", "OUT"), 2, "known formats: coco"),
+    "format option": (("export", "1", "--format", "coco", "--to", "OUT", "--option", "x=1"), 2, "no option 'x'"),
+    "export url": (("export", "1", "--format", "coco", "--to", "ftp://host/x"), 2, "s3://bucket/prefix"),
+    "export full folder": (("export", "1", "--format", "coco", "--to", "FILES/images"), 2, "not empty"),
+    "export to a file": (("export", "1", "--format", "coco", "--to", "FILES/text.pt"), 2, "not a folder"),
+    "label": (("results", "1", "--label", "dgo"), 2, "did you mean 'dog'?"),
+    "negative limit": (("results", "1", "--limit", "-5"), 2, "a limit of 0 or more"),
+    "score": (("results", "1", "--min-score", "nan"), 2, "a score from 0 to 1"),
+    "jobs limit": (("jobs", "--limit", "-1"), 2, "the limit must be"),
+}
+
+
+@pytest.mark.parametrize("name", ON_A_DONE_JOB)
+def test_a_wrong_question_is_one_line(forker: Forker, files: Path, done_home: Path, tmp_path: Path, name: str) -> None:
+    command, code, word = ON_A_DONE_JOB[name]
+    words = [w.replace("FILES", str(files)).replace("OUT", str(tmp_path / "out")) for w in command]
+    refused(forker.run(plain(done_home), *words), code, word)
+    assert not (tmp_path / "out").exists()
+    assert len(rows(f"sqlite:///{done_home}/imagemill.db", "SELECT * FROM job")) == 1
+
+
+def test_a_huge_limit_is_no_error(forker: Forker, done_home: Path) -> None:
+    assert forker.run(plain(done_home), "jobs", "--limit", "9" * 30).code == 0
+
+
+SETTINGS = {
+    "DATABASE_URL": (
+        "nonsense",
+        "mysql://host/x",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "http://host",
+        "postgresql://h:x/y",
+    ),
+    "STORE_URL": ("nonsense", "ftp://host", "s3://", "file://", "http://host", "file://host/x"),
+    "BROKER_URL": ("nonsense", "amqp://host", "redis://:p@h:xx/0"),
+    "LEASE_SECONDS": ("abc", "0", "nan", "inf"),
+    "LOG_LEVEL": ("loud",),
+    "MAX_IMAGE_BYTES": ("-1", "many"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in SETTINGS.items() for v in values])
+def test_a_wrong_setting_is_one_line(forker: Forker, tmp_path: Path, name: str, value: str) -> None:
+    stack = plain(tmp_path / "home", **{f"IMAGEMILL_{name}": value})
+    command = ("worker", "--device", "cpu") if name == "BROKER_URL" else ("jobs",)
+    refused(forker.run(stack, *command), 1)
+    no_jobs(tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def closed() -> int:
+    """A port where nobody listens."""
+    return free_ports(1)[0]
+
+
+def test_servers_that_are_not_there(forker: Forker, files: Path, tmp_path: Path, closed: int) -> None:
+    postgres = plain(tmp_path / "a", IMAGEMILL_DATABASE_URL=f"postgresql://u:hunter2@{HOST}:{closed}/x")
+    redis = plain(tmp_path / "b", IMAGEMILL_BROKER_URL=f"redis://:hunter2@{HOST}:{closed}/0")
+    keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "hunter2"}
+    endpoint = {"IMAGEMILL_S3_ENDPOINT_URL": f"http://{HOST}:{closed}", **keys}
+    command = ("annotate", str(files / "images"), "--model", "stub", "--device", "cpu", "--quiet")
+    remote = ("annotate", "s3://b/x", *command[2:])
+    answers = {
+        "cannot reach the database": forker.run(postgres, *command),
+        "start Redis or Valkey there": forker.run(redis, "worker", "--device", "cpu"),
+        "check that the server is up": forker.run(plain(tmp_path / "c", **endpoint), *remote),
+        "S3 does not serve": forker.run(plain(tmp_path / "d", IMAGEMILL_STORE_URL="s3://b/x", **endpoint), *command),
+    }
+    for word, answer in answers.items():
+        refused(answer, 1, word)
+        assert "hunter2" not in answer.lines[0]
+
+
+def test_annotate_says_that_the_broker_is_not_there(files: Path, tmp_path: Path, closed: int) -> None:
+    stack = plain(tmp_path / "home", IMAGEMILL_BROKER_URL=f"redis://:hunter2@{HOST}:{closed}/0")
+    done = subprocess.run(
+        ["imagemill", "annotate", str(files / "images"), "--model", "stub", "--device", "cpu", "--quiet"],
+        env=stack,
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+    assert done.returncode == 1
+    assert "cannot reach the broker" in done.stderr
+
+
+def test_passwords_and_names_that_servers_refuse(
+    forker: Forker, files: Path, tmp_path: Path, postgres: Postgres, valkey: Valkey, seaweed: SeaweedFS
+) -> None:
+    wrong, ask = "hunter2", ("annotate", str(files / "images"), "--model", "stub", "--device", "cpu", "--quiet")
+    database = postgres.url.replace(postgres.password, wrong)
+    missing = postgres.url_of("not_there")
+    broker = valkey.url.replace(valkey.password, wrong)
+    keys = {**seaweed.environment, "AWS_SECRET_ACCESS_KEY": wrong}
+    refused(forker.run(plain(tmp_path / "1", IMAGEMILL_DATABASE_URL=database), *ask), 1, "IMAGEMILL_DATABASE_URL")
+    refused(forker.run(plain(tmp_path / "2", IMAGEMILL_DATABASE_URL=missing), *ask), 1, "does not exist")
+    refused(forker.run(plain(tmp_path / "3", IMAGEMILL_BROKER_URL=broker), "worker"), 1, "IMAGEMILL_BROKER_URL")
+    refused(forker.run(plain(tmp_path / "4", **keys), "annotate", "s3://b/x", *ask[2:]), 1, "AWS_SECRET_ACCESS_KEY")
+    store = plain(tmp_path / "5", IMAGEMILL_STORE_URL="s3://not-there/x", **seaweed.environment)
+    refused(forker.run(store, *ask), 1, "bucket of s3://not-there", "create it or correct the URL")
+    source = plain(tmp_path / "6", **seaweed.environment)
+    refused(forker.run(source, "annotate", "s3://not-there/x", *ask[2:]), 1, "bucket of s3://not-there")
+
+
+def test_a_database_of_another_revision(forker: Forker, tmp_path: Path, postgres_url: str) -> None:
+    import sqlalchemy as sa
+
+    stack = plain(tmp_path / "home", IMAGEMILL_DATABASE_URL=postgres_url)
+    refused(forker.run(stack, "jobs"), 1, "has no tables yet", "imagemill db upgrade")
+    assert forker.run(stack, "db", "upgrade").code == 0
+    engine = sa.create_engine(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    refused(forker.run(stack, "jobs"), 1, "revision 9999", "install the newer imagemill")
+
+
+def test_a_corrupt_sqlite_file(forker: Forker, tmp_path: Path, done_home: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "imagemill.db").write_bytes(b"this is not a database at all " * 500)
+    refused(forker.run(plain(home), "jobs"), 1, "not an imagemill database", "move the file away")
+    data = bytearray((done_home / "imagemill.db").read_bytes())
+    data[4096:] = b"\xa5" * (len(data) - 4096)
+    (home / "imagemill.db").write_bytes(data)
+    refused(forker.run(plain(home), "jobs"), 1, "not an imagemill database", "move the file away")
+    (home / "imagemill.db").unlink()
+    (home / "imagemill.db").mkdir()
+    refused(forker.run(plain(home), "jobs"), 1, "cannot open the database")
+
+
+def test_a_home_that_is_no_folder(forker: Forker, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for home in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(forker.run(plain(home), "jobs"), 1, "set IMAGEMILL_HOME")
+    stack = plain(tmp_path / "home", IMAGEMILL_STORE_URL=(tmp_path / "file" / "store").as_uri())
+    answer = forker.run(stack, "annotate", str(files / "images"), "--model", "stub", "--device", "cpu", "--quiet")
+    refused(answer, 1, "is a file")
+
+
+@contextlib.contextmanager
+def disk(folder: Path, *options: str) -> Iterator[Path]:
+    """A small disk of its own, where the tests may mount one."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_home_that_cannot_be_written(forker: Forker, tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", "size=1m", "ro") as home:
+        refused(forker.run(plain(home), "jobs"), 1, "check the folder and its permissions")
+        refused(forker.run(plain(home / "below"), "jobs"), 1, "Read-only file system", "IMAGEMILL_HOME")
+
+
+def test_a_home_on_a_full_disk(forker: Forker, tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", "size=64k") as home:
+        with contextlib.suppress(OSError):
+            (home / "filler").write_bytes(b"x" * 100_000)
+        refused(forker.run(plain(home), "jobs"), 1, "no space left", "free some and run the same command again")
+        (home / "filler").unlink()
+
+
+def odd_pictures(folder: Path) -> dict[str, str]:
+    """Key -> the reason it must fail with, "" where it must succeed."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8))
+    sound = io.BytesIO()
+    picture.save(sound, "JPEG")
+    (folder / "sound.jpg").write_bytes(sound.getvalue())
+    (folder / "truncated.jpg").write_bytes(sound.getvalue()[: len(sound.getvalue()) // 2])
+    whole = io.BytesIO()
+    picture.save(whole, "PNG")
+    damaged = bytearray(whole.getvalue())
+    damaged[100] ^= 0xFF
+    (folder / "broken.png").write_bytes(damaged)
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("I am a letter, not a picture.")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 65535, (48, 64), np.uint16)).save(folder / "sixteen-bit.png")
+    picture.convert("P").save(folder / "palette.png")
+    picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(90)] * 3)
+    picture.resize((1, 1)).save(folder / "one-pixel.png")
+    Image.new("RGB", (400, 400)).save(folder / "many-pixels.png")
+    noise = Image.fromarray(rng.integers(0, 255, (200, 200, 3), np.uint8))
+    noise.save(folder / "many-bytes.png")
+    (folder / "gone.jpg").symlink_to(folder / "never-there.jpg")
+    (folder / "outside.jpg").symlink_to("/etc/hostname")
+    failed = {
+        "truncated.jpg": "decode/truncated",
+        "broken.png": "decode/corrupt",
+        "empty.jpg": "decode/empty",
+        "text.jpg": "decode/unknown-format",
+        "many-pixels.png": "decode/too-many-pixels",
+        "many-bytes.png": "fetch/too-many-bytes",
+        "gone.jpg": "fetch/not-found",
+        "outside.jpg": "fetch/refused",
+    }
+    fine = ("sound.jpg", "cmyk.jpg", "sixteen-bit.png", "palette.png", "animated.gif", "one-pixel.png")
+    return {**failed, **dict.fromkeys(fine, "")}
+
+
+def test_each_odd_picture_is_one_row_with_its_reason(home: Path, tmp_path: Path) -> None:
+    expected = odd_pictures(tmp_path / "odd")
+    stack = plain(home, IMAGEMILL_MAX_IMAGE_PIXELS="100000", IMAGEMILL_MAX_IMAGE_BYTES="60000")
+    command = ("annotate", str(tmp_path / "odd"), "--model", "stub", "--device", "cpu", "--max-failures", "1")
+    done = run_json(stack, *command)
+    assert (done["state"], done["complete"]) == ("done with failures", True)
+    assert (done["results"], done["failures"]) == (6, 8)
+    found = rows(f"sqlite:///{home}/imagemill.db", "SELECT key, ok, stage, reason, message FROM item")
+    assert {row.key: "" if row.ok else f"{row.stage}/{row.reason}" for row in found} == expected
+    assert all("\n" not in (row.message or "") for row in found)
+    flow.check_all(stack, list(expected))
+    again = run_json(stack, *command)
+    assert (again["planned"], again["fresh"]) == (0, len(expected))
+
+
+def test_a_checkpoint_of_another_task(forker: Forker, files: Path, tmp_path: Path) -> None:
+    """Built in a process of its own: this one need not hold torch."""
+    path = tmp_path / "segment.pt"
+    script = f"from ultralytics import YOLO; YOLO('yolov8n-seg.yaml').save({str(path)!r})"
+    subprocess.run([sys.executable, "-P", "-c", script], check=True, capture_output=True, env=os.environ)
+    answer = forker.run(
+        plain(tmp_path / "home"), "annotate", str(files / "images"), "--model", str(path), "--device", "cpu", "--quiet"
+    )
+    refused(answer, 2, "segment")
+    no_jobs(tmp_path / "home")
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+    half = tmp_path / "half.pt"
+    half.write_bytes(path.read_bytes()[:200_000])
+    answer = forker.run(
+        plain(tmp_path / "home"), "annotate", str(files / "images"), "--model", str(half), "--device", "cpu", "--quiet"
+    )
+    refused(answer, 2, "half.pt")
+    no_jobs(tmp_path / "home")

@@ -1,0 +1,257 @@
+"""What every model family must do, whatever it computes; a new file in the folder is picked up by itself.
+
+A new family needs one thing here: an entry in `WEIGHTS` that builds its smallest weights, without network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import storage.results
+from storage.errors import BadInput
+from workers import models
+from workers.models import Card, Prepared
+
+RUN_ON = "cpu"
+
+
+def _yolo(folder: Path) -> Path:
+    import torch
+
+    from workers.models import yolo
+
+    with yolo._ultralytics():
+        from ultralytics import YOLO
+
+        torch.manual_seed(0)
+        model = YOLO("yolov8n.yaml")
+        for conv in model.model.model[-1].cv3:
+            conv[-1].bias.data.fill_(-1.0)  # so that random weights find boxes
+        model.save(folder / "yolo.pt")
+    return folder / "yolo.pt"
+
+
+# family -> builds tiny weights in a folder; None for a family without weights
+WEIGHTS: dict[str, Callable[[Path], Path] | None] = {"stub": None, "yolo": _yolo}
+SMALL: dict[str, dict[str, Any]] = {"yolo": {"imgsz": 64}}  # parameters that make it quick
+
+
+def _open(network: Any) -> Any:
+    from workers.runtimes import torch
+
+    return torch.open(network, RUN_ON, "fp32")
+
+
+@dataclasses.dataclass
+class Subject:
+    """A family with its first card, its weights and its model."""
+
+    family: Any
+    card: Card
+    weights: Path | None
+    model: Any
+
+
+@pytest.fixture(scope="module", params=models.families())
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    name = request.param
+    if name not in WEIGHTS:
+        pytest.fail(f"family {name!r} has no entry in WEIGHTS; add one that builds its smallest weights")
+    family, build = models.family(name), WEIGHTS[name]
+    weights = build(tmp_path_factory.mktemp(name)) if build else None
+    card = family.CARDS[0]
+    params = card.params(**SMALL.get(name, {}))
+    return Subject(family, card, weights, family.load(card, params, weights, RUN_ON, _open))
+
+
+def pictures(count: int = 6, shape: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def prepared(model: Any, images: list[np.ndarray]) -> list[Prepared]:
+    return [model.prepare(image, f"key-{i}") for i, image in enumerate(images)]
+
+
+def same(one: Any, other: Any, tolerance: float = 1e-4) -> bool:
+    """Whether two results of any kind agree, field by field."""
+    if type(one) is not type(other):
+        return False
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, np.ndarray):
+            if a.shape != b.shape or not np.allclose(a, b, rtol=tolerance, atol=tolerance * 100):
+                return False
+        elif a != b:
+            return False
+    return True
+
+
+def test_cards_are_complete(subject: Subject) -> None:
+    kinds = {m.name for m in pkgutil.iter_modules(storage.results.__path__)}
+    for card in subject.family.CARDS:
+        assert card.kind in kinds
+        assert card.family == subject.family.__name__.rpartition(".")[2]
+        assert card.licence
+        assert card.memory_gb >= 0
+        assert dataclasses.is_dataclass(card.params)
+        assert card.params.__dataclass_params__.frozen
+
+
+def test_card_names_are_unique() -> None:
+    names = [card.name for card in models.cards()]
+    assert len(names) == len(set(names))
+
+
+def test_defaults_are_valid_and_survive_json(subject: Subject) -> None:
+    for card in subject.family.CARDS:
+        filled = models.fill(card, {})
+        assert models.fill(card, json.loads(json.dumps(filled))) == filled
+    with pytest.raises(BadInput, match="has no parameter 'nonsense'"):
+        models.fill(subject.card, {"nonsense": 1})
+
+
+def test_results_are_as_many_and_in_order(subject: Subject) -> None:
+    batch = prepared(subject.model, pictures())
+    assert len({item.group for item in batch}) == 1
+    together = subject.model.infer(batch)
+    alone = [subject.model.infer([item])[0] for item in batch]
+    assert len(together) == len(batch)
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    assert all(same(a, b) for a, b in zip(subject.model.infer(batch[::-1]), alone[::-1], strict=True))
+
+
+def test_the_same_twice(subject: Subject) -> None:
+    batch = prepared(subject.model, pictures())
+    again = prepared(subject.model, pictures())
+    assert all(same(a, b, 0) for a, b in zip(subject.model.infer(batch), subject.model.infer(again), strict=True))
+
+
+def test_an_empty_batch(subject: Subject) -> None:
+    assert subject.model.infer([]) == []
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 200), (200, 1), (37, 53)])
+def test_odd_pictures(subject: Subject, shape: tuple[int, int]) -> None:
+    (result,) = subject.model.infer(prepared(subject.model, pictures(1, shape)))
+    module = importlib.import_module(f"storage.results.{subject.card.kind}")
+    assert isinstance(result, module.Result)
+
+
+def test_results_are_stored_and_read_back(subject: Subject) -> None:
+    import pyarrow as pa
+
+    module = importlib.import_module(f"storage.results.{subject.card.kind}")
+    found = [*subject.model.infer(prepared(subject.model, pictures())), None]
+    back = module.results(pa.table(module.columns(found)))
+    assert all(same(a, b, 0) for a, b in zip(found[:-1], back[:-1], strict=True))
+    assert back[-1] is None
+    assert all(module.summary(result) for result in found[:-1])
+
+
+def test_an_empty_result_is_valid(subject: Subject) -> None:
+    module = importlib.import_module(f"storage.results.{subject.card.kind}")
+    if hasattr(module, "empty"):
+        assert module.summary(module.empty()).labels == {}
+
+
+def test_pictures_are_prepared_from_threads(subject: Subject) -> None:
+    images = pictures(16)
+    with ThreadPoolExecutor(4) as pool:
+        batch = list(pool.map(lambda image: subject.model.prepare(image, "key"), images))
+    results = subject.model.infer(batch)
+    assert all(
+        same(a, b, 0) for a, b in zip(results, subject.model.infer(prepared(subject.model, images)), strict=True)
+    )
+
+
+def test_preparing_leaves_the_picture_alone(subject: Subject) -> None:
+    (image,) = pictures(1)
+    before = image.copy()
+    item = subject.model.prepare(image, "key")
+    subject.model.infer([item])
+    assert np.array_equal(image, before)
+    assert item.nbytes > 0
+    hash(item.group)
+
+
+def test_nothing_heavy_is_imported_before_load(subject: Subject, tmp_path: Path) -> None:
+    """Cards, claims and describe work on a machine without torch; text files are claimed by nobody."""
+    (tmp_path / "text.pt").write_text("hello")
+    code = f"""
+import sys
+from pathlib import Path
+from workers import models
+family = models.family({subject.card.family!r})
+weights = {str(subject.weights) if subject.weights else None!r}
+assert not family.claims(Path({str(tmp_path / "text.pt")!r}))
+if weights:
+    assert family.claims(Path(weights))
+    assert all(isinstance(label, str) for label in family.describe(Path(weights)))
+heavy = {{"torch", "torchvision", "ultralytics", "cv2", "transformers", "timm", "diffusers", "PIL"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_has_one_family(subject: Subject) -> None:
+    if subject.weights:
+        assert [n for n in models.families() if models.family(n).claims(subject.weights)] == [subject.card.family]
+
+
+class TestStub:
+    """The stub does what tests of the batch system ask of it."""
+
+    def model(self, **params: Any) -> Any:
+        from workers.models import stub
+
+        return stub.load(stub.CARDS[0], stub.Params(**params), None, RUN_ON, None)
+
+    def test_results_can_be_foretold(self) -> None:
+        from workers.models import stub
+
+        images = pictures(20)
+        results = self.model(objects=3).infer(prepared(self.model(), images))
+        assert all(same(r, stub.expected(i, stub.Params(objects=3)), 0) for r, i in zip(results, images, strict=True))
+        assert len({label for r in results for label in r.labels}) == 3
+        assert all((np.diff(r.scores) <= 0).all() and r.scores.max() <= 1 for r in results)
+        assert all((r.boxes_xyxy[:, 2:] >= r.boxes_xyxy[:, :2]).all() for r in results)
+        assert all((r.boxes_xyxy <= [64, 48, 64, 48]).all() and (r.boxes_xyxy >= 0).all() for r in results)
+
+    def test_large_batches_run_out_of_memory(self) -> None:
+        model = self.model(oom_above=4)
+        batch = prepared(model, pictures(5))
+        with pytest.raises(MemoryError, match="batch of 5"):
+            model.infer(batch)
+        assert len(model.infer(batch[:4])) == 4
+
+    def test_some_pictures_fail_alone(self) -> None:
+        from storage.errors import ItemFailed
+        from workers.models import stub
+
+        model, images = self.model(fail_every=3), pictures(30)
+        results = model.infer(prepared(model, images))
+        failed = [isinstance(r, ItemFailed) for r in results]
+        assert failed == [stub.fails(i, stub.Params(fail_every=3)) for i in images]
+        assert 0 < sum(failed) < 30
+
+    def test_batches_take_their_time(self) -> None:
+        import time
+
+        model = self.model(delay_ms=30)
+        start = time.perf_counter()
+        model.infer(prepared(model, pictures(3)))
+        assert time.perf_counter() - start >= 0.03

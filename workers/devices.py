@@ -1,0 +1,138 @@
+"""Which devices this machine has, how much memory each, and how a process is pinned to one before torch is imported."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from storage.errors import BadInput
+
+_GB = 1024**3
+
+# Set by the supervisor for the process of one device: device, queue, and a file that means "drain".
+DEVICE, QUEUE, DRAIN_FILE = "IMAGEMILL_WORKER_DEVICE", "IMAGEMILL_WORKER_QUEUE", "IMAGEMILL_WORKER_DRAIN"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One thing that computes: the CPU as a whole, a GPU, or a MIG slice of one.
+
+    Attributes:
+        id: "cpu", or the UUID that CUDA_VISIBLE_DEVICES takes ("GPU-...", "MIG-...").
+        name: for people.
+        memory_gb: of the device; 0 for the CPU.
+    """
+
+    id: str
+    name: str
+    memory_gb: float
+
+    @property
+    def queue(self) -> str:
+        """The most demanding queue it can serve (see jobs.queue)."""
+        if self.id == "cpu":
+            return "cpu"
+        for least in (80, 40, 24):
+            if self.memory_gb >= least * 0.93:  # an "80 GB" card shows 79.2 GiB or less
+                return f"gpu-{least}g"
+        return "gpu"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What pins a process to it; must be set before anything imports torch."""
+        if self.id == "cpu":
+            return {"CUDA_VISIBLE_DEVICES": ""}
+        return {"CUDA_VISIBLE_DEVICES": self.id, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+CPU = Device("cpu", "CPU", 0)
+
+
+def find(wanted: str = "auto") -> list[Device]:
+    """The devices to work on: every GPU, or the CPU where there is none.
+
+    Args:
+        wanted: "auto", "cpu", "gpu" (all of them, none is an error), or ids and numbers with commas between.
+    """
+    if wanted == "cpu":
+        return [CPU]
+    gpus = _gpus()
+    if wanted == "auto":
+        return gpus or [CPU]
+    if wanted == "gpu":
+        if not gpus:
+            raise BadInput("no NVIDIA GPU was found on this machine; use --device cpu, or check nvidia-smi")
+        return gpus
+    return [_one(name.strip(), gpus) for name in wanted.split(",")]
+
+
+def _one(name: str, gpus: list[Device]) -> Device:
+    if name == "cpu":
+        return CPU
+    for number, gpu in enumerate(gpus):
+        if name in (str(number), gpu.id):
+            return gpu
+    known = ", ".join(["cpu", *(f"{i} ({gpu.id})" for i, gpu in enumerate(gpus))])
+    raise BadInput(f"unknown device {name!r}; this machine has: {known}")
+
+
+def _gpus() -> list[Device]:
+    """Asked of NVML where its binding is installed, else of nvidia-smi; never of torch, which would touch them."""
+    try:
+        return _from_nvml()
+    except ImportError:
+        return _from_nvidia_smi()
+
+
+def _from_nvml() -> list[Device]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [_nvml_device(pynvml, unit) for handle in handles for unit in _slices(pynvml, handle)]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _slices(pynvml: object, handle: object) -> list[object]:
+    """The MIG slices of a GPU, or the GPU itself where MIG is off."""
+    nvml: object = pynvml
+    try:
+        mode, _ = nvml.nvmlDeviceGetMigMode(handle)  # type: ignore[attr-defined]
+        if not mode:
+            return [handle]
+        count = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)  # type: ignore[attr-defined]
+    except nvml.NVMLError:  # type: ignore[attr-defined]
+        return [handle]
+    found = []
+    for i in range(count):
+        try:
+            found.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i))  # type: ignore[attr-defined]
+        except nvml.NVMLError:  # type: ignore[attr-defined]
+            continue
+    return found
+
+
+def _nvml_device(pynvml: object, handle: object) -> Device:
+    nvml: object = pynvml
+    uuid, name = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)  # type: ignore[attr-defined]
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle).total / _GB  # type: ignore[attr-defined]
+    return Device(str(uuid), str(name), round(memory, 1))
+
+
+def _from_nvidia_smi() -> list[Device]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = [line.split(", ") for line in answer.stdout.splitlines() if line.startswith("GPU-")]
+    return [Device(uuid, name, round(float(mib) / 1024, 1)) for uuid, name, mib in lines]

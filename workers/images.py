@@ -1,0 +1,393 @@
+"""Turns the bytes of a picture into upright RGB uint8 pixels, or into one error with a reason.
+
+The bytes are hostile. They are checked in this order: their number, the format by its first bytes against a list,
+the number of pixels from the header, and only then are they decoded.
+
+    picture                            becomes
+    ---------------------------------  --------------------------------------------------------------------------------
+    JPEG, grey or YCbCr or RGB         RGB, the same pixels as cv2.imdecode, PIL and torchvision.io
+    JPEG, CMYK or YCCK                 RGB through Pillow, which knows Adobe's inverted inks
+    PNG, WEBP, BMP, TIFF, GIF, PPM,    RGB through Pillow, which is silent and strict
+      AVIF (where Pillow has it)
+    palette                            its colours
+    alpha (LA, RGBA, PA, tRNS)         the colour channels as stored, alpha ignored: what cv2.imread gives, and with it
+                                       what detectors were trained on; blending needs a background nobody chose
+    16 bits a channel                  the high byte, value // 256: the whole range is kept, nothing is clipped
+    1 bit                              0 and 255
+    32-bit integers, floating point,   fails with unknown-format: nobody agreed on how they map to 8 bits
+      Lab
+    animated GIF, WEBP, PNG, AVIF,     the first frame or page
+      many-paged TIFF
+    EXIF orientation (JPEG, PNG,       applied exactly once, mirrored ones too; a broken EXIF block is ignored;
+      WEBP, TIFF, AVIF)                width and height are those of the upright picture
+    ICC profile                        ignored, as cv2.imread does
+
+Reasons of failure: empty, too-many-bytes, too-many-pixels, unknown-format, truncated, corrupt. A decoder that finds no
+memory gives too-many-pixels with retry set, for on a machine less busy the same picture may fit. A JPEG whose middle is
+damaged but whose end is there decodes to what libjpeg could save, as in every other library. In that case, and for any
+damaged TIFF, the C library writes lines to stderr itself, which Python cannot stop without swallowing the stderr of
+other threads; nothing else here prints.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import logging
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import ItemFailed
+
+Pixels = npt.NDArray[np.uint8]
+
+# Pillow's plug-in for each format; asking them directly keeps its other formats (EPS, PSD, ...) out of reach.
+_PLUGINS = {
+    "JPEG": ("PIL.JpegImagePlugin", "JpegImageFile"),
+    "PNG": ("PIL.PngImagePlugin", "PngImageFile"),
+    "WEBP": ("PIL.WebPImagePlugin", "WebPImageFile"),
+    "BMP": ("PIL.BmpImagePlugin", "BmpImageFile"),
+    "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
+    "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
+    "PPM": ("PIL.PpmImagePlugin", "PpmImageFile"),
+    "AVIF": ("PIL.AvifImagePlugin", "AvifImageFile"),
+}
+FORMATS = tuple(_PLUGINS)
+
+# Modes that Pillow turns into RGB without inventing a scale.
+_EIGHT_BIT_MODES = frozenset({"1", "L", "P", "PA", "LA", "La", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV"})
+_ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = 274, 322, 323  # EXIF and TIFF tags
+_MAX_JPEG_SEGMENTS = 10_000
+_MAX_JPEG_SCANS = 100  # encoders use about ten; a small file with thousands is made to keep a decoder busy
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a picture may have at most: bytes of the file, pixels (width times height) of the decoded picture."""
+
+    max_bytes: int = 100_000_000
+    max_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """An upright picture.
+
+    Attributes:
+        pixels: (height, width, 3) uint8 RGB, contiguous and writable.
+        width: of the upright picture, in pixels.
+        height: of the upright picture, in pixels.
+    """
+
+    pixels: Pixels
+    width: int
+    height: int
+
+
+def decode(data: bytes, limits: Limits) -> Decoded:
+    """The picture in the bytes. Safe to call from many threads; the decoders release the GIL.
+
+    Raises:
+        ItemFailed: stage "decode", with one of the reasons in the module's docstring.
+    """
+    name = _format_within(data, limits.max_bytes)
+    with _one_error(name, data):
+        pixels = _decode_jpeg(data, limits) if name == "JPEG" else _decode_pillow(name, data, limits)
+    return Decoded(pixels, pixels.shape[1], pixels.shape[0])
+
+
+class Here:
+    """Decodes in this process; `workers.sandbox.Sandbox` does the same in others."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+
+    def decode(self, data: bytes) -> Decoded:
+        """As the function."""
+        return decode(data, self.limits)
+
+    def header(self, data: bytes) -> tuple[str, int, int]:
+        """As the function."""
+        return header(data)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def header(data: bytes) -> tuple[str, int, int]:
+    """(format, width, height) as stored, before orientation, without decoding. Raises ItemFailed as `decode` does."""
+    name = _format_within(data, len(data))
+    with _one_error(name, data):
+        if name == "JPEG":
+            frame = _jpeg_frame(data)
+            return name, frame.width, frame.height
+        size = _webp_size(data) if name == "WEBP" else _opened(name, data).size
+        return name, size[0], size[1]
+
+
+def _failed(reason: str, message: str, *, retry: bool = False) -> ItemFailed:
+    return ItemFailed("decode", reason, message, retry=retry)
+
+
+def _format_within(data: bytes, max_bytes: int) -> str:
+    """The format by its first bytes, once there are not too many of them."""
+    if not data:
+        raise _failed("empty", "the file has no bytes")
+    if len(data) > max_bytes:
+        raise _failed("too-many-bytes", f"the file has {len(data)} bytes, over the limit of {max_bytes}")
+    name = _format_of(data)
+    if not name:
+        raise _failed("unknown-format", f"expected one of {', '.join(FORMATS)}, but the file starts {data[:8]!r}")
+    return name
+
+
+def _format_of(data: bytes) -> str:
+    for name, starts in (
+        ("JPEG", (b"\xff\xd8\xff",)),
+        ("PNG", (b"\x89PNG\r\n\x1a\n",)),
+        ("BMP", (b"BM",)),
+        ("TIFF", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+        ("GIF", (b"GIF87a", b"GIF89a")),
+    ):
+        if data.startswith(starts):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3] in (b" ", b"\t", b"\r", b"\n"):
+        return "PPM"
+    # "mif1" files are AVIF or HEIC; the compatible brands that follow tell.
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), 128)]
+    return "AVIF" if data[4:8] == b"ftyp" and (b"avif" in brands or b"avis" in brands) and _avif() else ""
+
+
+@functools.cache
+def _avif() -> bool:
+    from PIL import features
+
+    return bool(features.check("avif"))
+
+
+@contextmanager
+def _one_error(name: str, data: bytes) -> Iterator[None]:
+    """Turn whatever a decoder raises into ItemFailed."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        yield
+    except ItemFailed:
+        raise
+    except MemoryError as error:
+        raise _failed("too-many-pixels", f"no memory to decode this {name}", retry=True) from error
+    except DecompressionBombError as error:
+        raise _failed("too-many-pixels", str(error)) from error
+    except Exception as error:
+        short = isinstance(error, EOFError) or "truncat" in str(error).lower() or _cut_short(name, data)
+        reason = "truncated" if short else "corrupt"
+        raise _failed(reason, f"{reason} {name}: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _cut_short(name: str, data: bytes) -> bool:
+    """Whether a picture that did not decode lacks its end, by what its format says about its length."""
+    if name == "PNG":
+        return b"IEND" not in data[-64:]
+    if name == "WEBP":
+        return len(data) < 12 + 8 or int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if name == "BMP":
+        return len(data) < 26 or int.from_bytes(data[2:6], "little") > len(data)
+    if name == "GIF":
+        return not data.rstrip(b"\0").endswith(b";")
+    if name == "AVIF":
+        return _boxes_end(data) > len(data)
+    if name == "TIFF":
+        return _tiff_ifd(data) + 6 > len(data)
+    return False
+
+
+def _boxes_end(data: bytes) -> int:
+    """Where the last top-level box of an ISO media file says it ends."""
+    at = 0
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if size < 8:
+            return len(data)
+        at += size
+    return at if at >= len(data) else len(data) + 1
+
+
+def _tiff_ifd(data: bytes) -> int:
+    """Offset of the first directory of a classic TIFF; 0 for BigTIFF."""
+    if len(data) < 8:
+        return len(data)
+    order = "little" if data[:2] == b"II" else "big"
+    classic = int.from_bytes(data[2:4], order) == 42  # type: ignore[arg-type]
+    return int.from_bytes(data[4:8], order) if classic else 0  # type: ignore[arg-type]
+
+
+def _check_pixels(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise _failed(
+            "too-many-pixels", f"{width} x {height} is {width * height} pixels, over the limit of {limits.max_pixels}"
+        )
+    if width < 1 or height < 1:
+        raise _failed("corrupt", f"expected at least 1 x 1 pixels, but the header says {width} x {height}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    width: int
+    height: int
+    channels: int
+    scan: int  # offset of the first scan
+    clean: bool  # nothing between the segments
+
+
+def _jpeg_frame(data: bytes) -> _Frame:
+    """Size and channels of a JPEG, from the segments before its first scan (ITU-T T.81, annex B)."""
+    at, size, clean = 2, None, True
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        clean = clean and data[at : at + 1] == b"\xff"
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 4 > len(data):
+            raise _failed("truncated", "truncated JPEG: it ends within its header")
+        marker = data[at + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # padding, and markers without a length
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xDA and size:
+            return _Frame(*size, scan=at, clean=clean)
+        if marker in (0xD9, 0xDA):
+            break
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and not size:
+            if at + 10 > len(data):
+                raise _failed("truncated", "truncated JPEG: it ends within its header")
+            height, width, channels = struct.unpack_from(">HHB", data, at + 5)
+            size = (width, height, channels)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise _failed("corrupt", "corrupt JPEG: no frame before the first scan")
+
+
+def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
+    """Through OpenCV: as fast as any, the very pixels ultralytics sees, and without the GIL."""
+    frame = _jpeg_frame(data)
+    _check_pixels(frame.width, frame.height, limits)
+    # The end marker cannot occur within a scan. Older OpenCV fills what a cut file lacks with grey and says nothing.
+    if data.find(b"\xff\xd9", frame.scan) < 0:
+        raise _failed("truncated", "truncated JPEG: it has no end marker")
+    if data.count(b"\xff\xda", frame.scan) > _MAX_JPEG_SCANS:
+        raise _failed("corrupt", f"JPEG with more than {_MAX_JPEG_SCANS} scans: each costs a pass over all pixels")
+    # OpenCV's libjpeg writes to stderr about bytes between segments; Pillow's does not.
+    if frame.channels in (1, 3) and frame.clean:
+        cv2 = _cv2()
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # applies EXIF orientation
+        if pixels is not None:
+            return np.ascontiguousarray(pixels)
+    return _decode_pillow("JPEG", data, limits)
+
+
+@functools.cache
+def _cv2() -> Any:
+    """OpenCV, silent, and with one thread a call: the caller has threads enough."""
+    import cv2
+
+    getattr(cv2, "setLogLevel", cv2.utils.logging.setLogLevel)(0)
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Size from a WEBP header (RFC 9649), since Pillow allocates the canvas before it tells the size."""
+    kind = data[12:16]
+    if len(data) < 30:
+        raise _failed("truncated", "truncated WEBP: it ends within its header")
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    raise _failed("corrupt", f"corrupt WEBP: expected a VP8 chunk, but got {kind!r}")
+
+
+def _opened(name: str, data: bytes) -> Any:
+    """Pillow's lazy picture: its header is read, its pixels are not."""
+    _quiet_pillow()
+    module, plugin = _PLUGINS[name]
+    return getattr(importlib.import_module(module), plugin)(io.BytesIO(data))
+
+
+@functools.cache
+def _quiet_pillow() -> None:
+    """Silence warnings about odd tags, once and for good: filters that come and go are not thread safe."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def _decode_pillow(name: str, data: bytes, limits: Limits) -> Pixels:
+    if name == "WEBP":
+        width, height = _webp_size(data)
+        _check_pixels(width, height, limits)
+    with _opened(name, data) as picture:
+        _check_pixels(picture.width, picture.height, limits)
+        if name == "TIFF":
+            tags = picture.tag_v2
+            _check_pixels(int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_HEIGHT, 1)), limits)
+        picture.load()
+        return _upright(_rgb(picture), _orientation(picture))
+
+
+def _rgb(picture: Any) -> Pixels:
+    """The loaded picture's colours, alpha ignored."""
+    mode = str(picture.mode)
+    if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):
+        grey = (np.asarray(picture) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if mode not in _EIGHT_BIT_MODES:
+        raise _failed("unknown-format", f"a {picture.format} with samples of mode {mode!r} has no agreed 8-bit colours")
+    picture.info.pop("transparency", None)
+    return np.array(picture.convert("RGB"))
+
+
+def _orientation(picture: Any) -> int:
+    """EXIF orientation 1..8. Only EXIF counts, not XMP, as for JPEG in OpenCV.
+
+    A TIFF has no such block: Pillow turns it while loading.
+    """
+    from PIL.Image import Exif
+
+    block = picture.info.get("exif")
+    if not block:
+        return 1
+    exif = Exif()
+    try:
+        exif.load(block)
+        value = exif.get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  # metadata that cannot be read does not spoil the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Undo an EXIF orientation: 2 and 4 mirror, 3 turns by 180 degrees, 5 to 8 also swap rows and columns."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,70 @@
+"""What a worker has in hand: a claimed shard on its way, its items, and the room they take."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from dataclasses import dataclass, field
+
+from jobs.leases import Claim
+from jobs.sources import ImageRef
+from storage import shardfile
+from storage.errors import ItemFailed
+from storage.shardfile import Outcome
+from workers.loaded import Loaded
+from workers.models import Prepared
+
+
+class Room:
+    """A budget of bytes. A request larger than all of it is let in alone."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._total, self._used = nbytes, 0
+        self._changed = threading.Condition()
+
+    def take(self, nbytes: int) -> None:
+        """Wait until there is room."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + nbytes <= self._total)
+            self._used += nbytes
+
+    def give(self, nbytes: int) -> None:
+        """Give room back."""
+        with self._changed:
+            self._used -= nbytes
+            self._changed.notify_all()
+
+
+@dataclass
+class Run:
+    """A claimed shard on its way through the stream."""
+
+    claim: Claim
+    loaded: Loaded
+    rows: list[shardfile.ManifestRow]
+    prefix: str
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    batches_s: float = 0.0
+    dropped: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return len(self.outcomes) == self.claim.items
+
+    def ref(self, position: int) -> ImageRef:
+        return ImageRef(*self.rows[position])
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An item that left the decoders: prepared, or failed on the way."""
+
+    run: Run
+    position: int
+    size: tuple[int, int] | None  # width, height of the upright original
+    answer: Prepared | ItemFailed
+
+
+def attempt_prefix(claim: Claim) -> str:
+    """Where this attempt at a shard, and no other, writes."""
+    return f"jobs/{claim.job_id}/{claim.number:07d}/a{claim.fence}-{uuid.uuid4().hex[:8]}/"

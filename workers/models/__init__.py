@@ -1,0 +1,193 @@
+"""The model families: one file a family, listed from this folder, imported when one of its models is asked for.
+
+A family's file defines, with no heavy import at module level,
+
+    CARDS: tuple[Card, ...]                              the models known by name
+    claims(path) -> bool                                 whether a local weights file is of this family
+    describe(path) -> tuple[str, ...]                    the class names in a weights file, read without running it
+    load(card, params, weights, device, open_network) -> Model
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.errors import BadInput
+
+Image = npt.NDArray[np.uint8]  # (height, width, 3) RGB, upright
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What is known of a model before anything heavy is imported.
+
+    Attributes:
+        name: what the user types after --model.
+        family: the file in this folder.
+        kind: the result kind it yields, a file of storage/results.
+        params: class of a frozen dataclass; its fields are the parameters, its defaults the defaults.
+        weights: where the weights come from: "" for none, or a URI.
+        sha256: of the weights, "" until resolved.
+        memory_gb: device memory it needs with a batch of one.
+        licence: SPDX name.
+    """
+
+    name: str
+    family: str
+    kind: str
+    params: type
+    weights: str = ""
+    sha256: str = ""
+    memory_gb: float = 1.0
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One image made ready for the device by `Model.prepare`.
+
+    Attributes:
+        group: images of one batch share it (the padded shape, for instance).
+        data: what `infer` stacks: usually a (channels, height, width) array.
+        nbytes: host memory it holds, counted against the worker's budget.
+        meta: what `infer` needs to map results back to the original image.
+    """
+
+    group: Hashable
+    data: Any
+    nbytes: int
+    meta: Any = None
+
+
+class Model(Protocol):
+    """A loaded model on one device."""
+
+    def prepare(self, image: Image, key: str) -> Prepared:
+        """One upright RGB image -> ready for the device. Called from several threads. May raise ItemFailed."""
+        ...
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Any]:
+        """Prepared images of one group -> one result each, same length, same order. Called from one thread.
+
+        An ItemFailed in place of a result fails that image only; it is put into the list, not raised.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A model that a job can be run with in a year: a card with its weights pinned, parameters filled and checked."""
+
+    card: Card
+    params: Mapping[str, Any]
+    weights_path: Path | None
+    labels: tuple[str, ...]
+
+
+OpenNetwork = Callable[..., Any]
+
+
+def families() -> list[str]:
+    """The families there are, without importing them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def family(name: str) -> ModuleType:
+    """Import one family's file; its heavy libraries come only with `load`."""
+    if name not in families():
+        raise BadInput(f"unknown model family {name!r}; known: {', '.join(families())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def cards() -> list[Card]:
+    """Every model known by name."""
+    return [card for name in families() for card in family(name).CARDS]
+
+
+def fill(card: Card, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's parameters with the given ones in place. Raises BadInput for an unknown name or a wrong value."""
+    known = {f.name for f in dataclasses.fields(card.params)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        has = ", ".join(sorted(known)) or "none"
+        raise BadInput(f"model {card.name!r} has no parameter {unknown[0]!r}; it has: {has}")
+    try:
+        return dataclasses.asdict(card.params(**given))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"model {card.name!r}: {error}") from error
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint ', did you mean ...?' for a misspelt name, or ''."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def card_for(name: str, family_name: str, sha256: str = "") -> Card:
+    """The card of a stored spec's model: the family's own, under the name the user gave."""
+    first: Card = family(family_name).CARDS[0]
+    return dataclasses.replace(first, name=name, sha256=sha256)
+
+
+def resolve(name: str, given: Mapping[str, Any], fetch: Callable[[Card], Path]) -> Resolved:
+    """The model a user named, its weights found and its parameters filled and checked.
+
+    Args:
+        name: a path to a weights file, or the name of a card.
+        given: the parameters the user set, by name.
+        fetch: card -> local weights file, downloading it if need be.
+
+    Raises:
+        BadInput: no such model or file, no such parameter, a wrong value.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        card = _card_of_file(path)
+    elif path.suffix or "/" in name:
+        raise BadInput(f"there is no model file {name!r}; check the path, or list the known models: imagemill models")
+    else:
+        card = _card_named(name)
+        path = fetch(card) if card.weights else Path()
+    module = family(card.family)
+    has_weights = path.is_file()
+    labels = tuple(module.describe(path)) if has_weights else tuple(getattr(module, "LABELS", ()))
+    params = fill(card, given)
+    check_labels(params, labels)
+    return Resolved(card, params, path if has_weights else None, labels)
+
+
+def check_labels(params: Mapping[str, Any], labels: Sequence[str]) -> None:
+    """Raise BadInput when `classes` names a label the model does not have."""
+    for wanted in params.get("classes", ()):
+        if labels and wanted not in labels:
+            shown = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
+            raise BadInput(f"the model has no label {wanted!r}{nearest(wanted, labels)}; it has: {shown}")
+
+
+def _card_named(name: str) -> Card:
+    known = {card.name: card for card in cards()}
+    if name not in known:
+        hint = nearest(name, list(known))
+        raise BadInput(f"unknown model {name!r}{hint}; list them with: imagemill models, or give a weights file")
+    return known[name]
+
+
+def _card_of_file(path: Path) -> Card:
+    for name in families():
+        module = family(name)
+        if module.claims(path):
+            return dataclasses.replace(card_for(path.stem, name), weights=str(path))
+    raise BadInput(f"{str(path)!r} is no checkpoint of a known family; known: {', '.join(families())}")

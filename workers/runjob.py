@@ -1,0 +1,153 @@
+"""Brings a recipe up to date on behalf of a command: submit, plan, keep this machine's workers running, wait."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jobs import lifecycle, plan, progress
+from jobs.lifecycle import Job
+from jobs.progress import Status
+from jobs.spec import JobSpec
+from storage import index
+from storage.database import Database
+from storage.errors import Misconfigured, Unavailable
+from storage.objects import Store
+from storage.settings import Settings
+
+_POLL_S = 0.2
+_HINT_AFTER_S = 10  # without any live worker
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def say(self, text: str) -> None: ...
+    def planning(self, report: plan.Report) -> None: ...
+    def status(self, status: Status) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a job is run; nothing of it changes a result."""
+
+    name: str = ""
+    priority: int = 0
+    force: bool = False
+    token: str | None = None
+    max_failures: float = 1.0
+    prune_all: bool = False
+    wait: bool = True
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """Where the job stands when the command may go on, and what planning had to remark."""
+
+    status: Status
+    notes: list[str] = field(default_factory=list)
+
+
+def run(db: Database, store: Store, settings: Settings, spec: JobSpec, how: How, watcher: Watcher) -> Ran:
+    """Submit and plan a job, and with `how.wait` see it to its end.
+
+    Raises:
+        BadInput: the dataset is empty; nothing was made.
+        Unavailable: the broker does not answer; nothing was made.
+        Misconfigured: the job was paused, with the reason and the remedy.
+    """
+    if how.wait and not settings.embedded:
+        from jobs import queue
+
+        queue.check(settings)  # now, rather than to wait in silence for workers that cannot hear
+    known = lifecycle.recipe_id(db, spec)
+    has_items = known is not None and index.has_items(db, known)
+    plan.check_not_empty(db, spec.dataset, has_items, plan.look(spec.dataset, settings))
+    job, new = lifecycle.submit(
+        db,
+        spec,
+        name=how.name,
+        priority=how.priority,
+        force=how.force,
+        token=how.token,
+        max_failures=how.max_failures,
+    )
+    watcher.say(f"job {job.id}: {spec.model} over {spec.dataset}" + ("" if new else " (continued)"))
+    with _own_workers(settings, how, watcher) as tend:
+        report = _plan(db, store, settings, job, how, watcher, tend)
+        notes = report.notes if report else []
+        for note in notes:
+            watcher.say(f"note: {note}")
+        if not how.wait:
+            return Ran(progress.status(db, job.id), notes)
+        return Ran(wait(db, job.id, watcher, tend), notes)
+
+
+def wait(db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] = lambda: None) -> Status:
+    """Follow a job to its end. Raises Misconfigured when it is paused, with the reason and the remedy.
+
+    Args:
+        tend: called a few times a second meanwhile.
+    """
+    hint_at = time.monotonic() + _HINT_AFTER_S
+    while True:
+        with contextlib.suppress(Unavailable):
+            status = progress.status(db, job_id)
+            watcher.status(status)
+            if status.ended:
+                return status
+            if status.state == "paused":
+                remedy = status.reason or f"go on with: imagemill resume {job_id}"
+                raise Misconfigured(f"job {job_id} is paused: {remedy}")
+            if hint_at is not None and time.monotonic() > hint_at:
+                hint_at = float("inf")
+                if not progress.workers(db):
+                    watcher.say(f"no live worker serves queue {status.spec['queue']}; start one with: imagemill worker")
+        tend()
+        time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def _own_workers(settings: Settings, how: How, watcher: Watcher) -> Iterator[Callable[[], None]]:
+    """Yields what keeps this machine's own workers running; with a broker URL the workers are elsewhere."""
+    if not settings.embedded or not how.wait:
+        yield lambda: None
+        return
+    from workers.local import Local
+
+    with Local(settings, how.device) as local:
+        try:
+            yield local.tend
+        except KeyboardInterrupt:
+            watcher.say("stopping: what is done is kept; the same command continues (again Ctrl-C: at once)")
+            try:
+                local.close()
+            except KeyboardInterrupt:
+                local.kill()
+            raise
+
+
+def _plan(
+    db: Database,
+    store: Store,
+    settings: Settings,
+    job: Job,
+    how: How,
+    watcher: Watcher,
+    tend: Callable[[], None],
+) -> plan.Report | None:
+    def on_shards() -> None:
+        tend()
+        if settings.embedded and not how.wait:
+            return
+        from jobs import reconcile  # Celery comes with it, which a run that finds everything fresh does not need
+
+        with contextlib.suppress(Unavailable):  # the reconciler rings again
+            reconcile.refill(db, settings)
+
+    options: dict[str, Any] = {"prune_all": how.prune_all, "on_progress": watcher.planning, "on_shards": on_shards}
+    return plan.plan(db, store, settings, job, **options)

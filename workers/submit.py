@@ -1,0 +1,106 @@
+"""Turns what a user asked for into a resolved JobSpec: model found, parameters checked, weights pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs import progress, sources
+from jobs.spec import JobSpec
+from storage.database import Database
+from storage.errors import BadInput
+from storage.objects import Store
+from storage.settings import Settings
+from storage.tables import MAX_SHARD_ITEMS
+from workers import devices, models, runtimes, weights
+from workers.models import Card
+
+_BATCH = {"cpu": 8, "gpu": 32}
+
+
+def resolve(
+    db: Database,
+    store: Store,
+    settings: Settings,
+    *,
+    dataset: str,
+    kind: str,
+    model: str,
+    params: Mapping[str, Any],
+    device: str = "auto",
+    runtime: str = "torch",
+    precision: str = "fp32",
+    batch: int | None = None,
+    shard_size: int = 256,
+    on_download: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> JobSpec:
+    """A spec that can be run again in a year. Raises BadInput for anything the user got wrong, before anything is made.
+
+    Args:
+        on_download: called with (model name, bytes so far, bytes in all) while weights are fetched.
+    """
+    if not 1 <= shard_size <= MAX_SHARD_ITEMS:
+        raise BadInput(f"--shard-size must be from 1 to {MAX_SHARD_ITEMS}, but got {shard_size}")
+    if batch is not None and batch < 1:
+        raise BadInput(f"--batch must be at least 1, but got {batch}")
+    if precision not in runtimes.PRECISIONS:
+        raise BadInput(f"unknown precision {precision!r}; known: {', '.join(runtimes.PRECISIONS)}")
+    runtimes.get(runtime)
+    uri = sources.canonical(dataset)
+
+    def fetch(card: Card) -> Path:
+        report = lambda done, total: on_download(card.name, done, total)  # noqa: E731
+        return weights.download(card.weights, settings.cache_folder, card.sha256, report)
+
+    resolved = models.resolve(model, params, fetch)
+    card = resolved.card
+    if card.kind != kind:
+        raise BadInput(f"model {card.name!r} yields {card.kind}, but this command needs a model that yields {kind}")
+    queue = _queue(db, settings, device, card)
+    sha256 = key = ""
+    if resolved.weights_path is not None:
+        sha256 = weights.sha256_of(resolved.weights_path)
+        key = weights.publish(store, resolved.weights_path, sha256)
+    return JobSpec(
+        dataset=uri,
+        kind=kind,
+        family=card.family,
+        weights_sha256=sha256,
+        params=_plain(resolved.params),
+        model=card.name,
+        weights=key,
+        labels=resolved.labels,
+        runtime=runtime,
+        precision=precision,
+        batch=batch or _BATCH[queue.split("-")[0]],
+        shard_size=shard_size,
+        queue=queue,
+    )
+
+
+def _queue(db: Database, settings: Settings, device: str, card: Card) -> str:
+    """The capability a job asks for: the CPU, or a GPU with enough memory. Raises BadInput for a device not there."""
+    if settings.embedded:
+        devices.find(device)
+    elif device not in ("auto", "cpu", "gpu"):
+        raise BadInput(f"unknown device {device!r}: expected auto, cpu or gpu, since the fleet's workers choose theirs")
+    if device == "cpu":
+        return "cpu"
+    if device == "auto":
+        where = (
+            devices.find("auto")[0].queue
+            if settings.embedded
+            else next((w.queue for w in progress.workers(db) if w.queue != "cpu"), "cpu")
+        )
+        if where == "cpu":
+            return "cpu"
+    for least, name in ((40, "gpu-80g"), (24, "gpu-40g"), (16, "gpu-24g")):
+        if card.memory_gb > least:
+            return name
+    return "gpu"
+
+
+def _plain(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as JSON has them, so that a spec read back from the database has the same digest."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
