@@ -104,11 +104,15 @@ class Database:
 
     def query(self, statement: sa.Executable) -> Sequence[Any]:
         """All rows of one SELECT, tried again like a transaction."""
-        deadline = time.monotonic() + self.patience_s
+        return self.ask(lambda tx: tx.execute(statement).fetchall(), self.patience_s)
+
+    def ask(self, question: Callable[[Tx], T], patience_s: float) -> T:
+        """What `question` reads in a transaction of its own, asked again for so long while there is no answer."""
+        deadline = time.monotonic() + patience_s
         while True:
             try:
                 with self.read() as tx:
-                    return tx.execute(statement).fetchall()
+                    return question(tx)
             except Unavailable:
                 if time.monotonic() > deadline:
                     raise

@@ -11,6 +11,7 @@ from storage.database import Database
 from storage.errors import Misconfigured
 from storage.settings import masked
 
+_PATIENCE_S = 2
 _one_at_a_time = threading.Lock()  # alembic keeps what it is doing in a global of its module
 
 
@@ -37,8 +38,8 @@ def current(database: Database) -> str | None:
     """The revision a database is at, or None when it has no tables yet."""
     from alembic.migration import MigrationContext
 
-    with database.read() as tx:
-        return MigrationContext.configure(tx).get_current_revision()
+    # A connection that breaks is no reason to give up; a server that is not there should be said soon.
+    return database.ask(lambda tx: MigrationContext.configure(tx).get_current_revision(), _PATIENCE_S)
 
 
 def upgrade(database: Database) -> tuple[str | None, str]:

@@ -16,7 +16,7 @@ import pytest
 import redis
 import yaml
 
-from tests.services import HOST, SCRIPTS, SeaweedFS, Valkey
+from tests.services import HOST, SCRIPTS, SeaweedFS, Valkey, wait_until
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -188,7 +188,9 @@ def test_seaweedfs_takes_the_command_line(services: dict[str, Any]) -> None:
     with_keys = AsInCompose()
     with_keys.access_key, with_keys.secret_key = "value-of-s3_access_key", "value-of-s3_secret_key"
     with with_keys as server:
-        assert "imagemill" in [bucket["Name"] for bucket in server.client().list_buckets()["Buckets"]]
+        # The server makes it after it has begun to answer.
+        buckets = lambda: [bucket["Name"] for bucket in server.client().list_buckets()["Buckets"]]  # noqa: E731
+        wait_until(lambda: "imagemill" in buckets(), "the bucket of the compose file")
         server.client().put_object(Bucket="imagemill", Key="results/x", Body=b"1")
 
 
