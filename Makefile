@@ -3,7 +3,7 @@
 .PHONY: help install demo test lint format bench soak clean
 SHELL := /bin/sh
 
-EXTRAS ?= worker,dev
+EXTRAS ?= worker,models,dev
 ARGS ?=
 MINUTES ?= 20
 SEED ?= 1

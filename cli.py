@@ -111,35 +111,51 @@ def cli() -> None:
 # ------------------------------------------------------------------------------------------------ annotate
 
 
+def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command that computes a dataset takes."""
+    options = (
+        click.option("--param", "extra", multiple=True, metavar="NAME=VALUE", help="Any other parameter of the model."),
+        click.option("--out", help="Also export the results to this folder or s3:// prefix, in the kind's own format."),
+        click.option("--name", default="", help="A name for the job, for people."),
+        click.option("--priority", type=int, default=0, show_default=True, help="Higher runs first."),
+        click.option("--shard-size", type=int, default=256, show_default=True, help="Items in a shard."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu."),
+        click.option("--batch", type=int, help="Items in one forward pass; default 8 on a CPU, 32 on a GPU."),
+        click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
+        click.option("--force", is_flag=True, help="Compute every item again, fresh or not."),
+        click.option("--prune-all", is_flag=True, help="Prune items gone from the dataset even if more than a fifth."),
+        click.option(
+            "--max-failures", type=float, default=0.2, show_default=True, help="Pause above this share of failures."
+        ),
+        click.option("--token", help="A repeated submit with the same token returns the same job."),
+        click.option("--wait/--detach", default=True, help="Wait for the end, or only submit."),
+        click.option("--quiet", is_flag=True, help="No progress bar."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts, and nothing else."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return click.option("--model", required=True, help="A weights file, or a name from: imagemill models.")(command)
+
+
+def _params(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The model's parameters among a command's options: those that were given, and every --param."""
+    params = {name: options[name] for name in names if options[name] is not None}
+    if params.get("classes"):
+        params["classes"] = tuple(c.strip() for c in params["classes"].split(",") if c.strip())
+    return {**params, **_named_values(options["extra"])}
+
+
 @cli.command()
 @click.argument("source")
-@click.option("--model", required=True, help="A weights file, or a name from: imagemill models.")
 @click.option("--conf", type=float, help="Keep boxes that score higher than this (0..1).")
 @click.option("--iou", type=float, help="Of boxes that overlap more than this, keep the best (0..1).")
 @click.option("--imgsz", type=int, help="Longer side of the network's input, in pixels.")
 @click.option("--max-det", type=int, help="At most so many boxes an image.")
 @click.option("--classes", help="Only these labels, with commas between.")
-@click.option("--param", "extra", multiple=True, metavar="NAME=VALUE", help="Any other parameter of the model.")
-@click.option("--out", help="Also export the results as COCO to this folder or s3:// prefix.")
-@click.option("--name", default="", help="A name for the job, for people.")
-@click.option("--priority", type=int, default=0, show_default=True, help="Higher runs first.")
-@click.option("--shard-size", type=int, default=256, show_default=True, help="Images in a shard.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu.")
-@click.option("--batch", type=int, help="Images in one forward pass; default 8 on a CPU, 32 on a GPU.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16.")
-@click.option("--force", is_flag=True, help="Compute every image again, fresh or not.")
-@click.option("--prune-all", is_flag=True, help="Prune images gone from the dataset even if more than a fifth.")
-@click.option("--max-failures", type=float, default=0.2, show_default=True, help="Pause above this share of failures.")
-@click.option("--token", help="A repeated submit with the same token returns the same job.")
-@click.option("--wait/--detach", default=True, help="Wait for the end, or only submit.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
-@_json_option
+@_job_options
 def annotate(source: str, **options: Any) -> int:
     """Find objects in every image of SOURCE: a folder, s3://bucket/prefix, or a manifest file."""
-    params = {name: options[name] for name in ("conf", "iou", "imgsz", "max_det") if options[name] is not None}
-    if options["classes"]:
-        params["classes"] = tuple(c.strip() for c in options["classes"].split(",") if c.strip())
-    params.update(_named_values(options["extra"]))
+    params = _params(options, "conf", "iou", "imgsz", "max_det", "classes")
     return _submit_and_wait("detections", source, params, options)
 
 

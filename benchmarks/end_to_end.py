@@ -43,14 +43,14 @@ _BARE = """
 import sys, time
 from pathlib import Path
 import torch
-from workers.models import card_for, yolo
+from workers.models import Site, card_for, yolo
 from workers.runtimes import torch as runtime
 from workers.runtimes import Network
 sessions = []
 def open_network(network):
     sessions.append(runtime.open(network, "cpu", "fp32"))
     return sessions[-1]
-yolo.load(card_for("n", "yolo"), yolo.Params(), Path(sys.argv[1]), "cpu", open_network)
+yolo.load(card_for("n", "yolo", "detections"), yolo.Params(), Path(sys.argv[1]), Site("cpu", open_network))
 images = torch.rand(int(sys.argv[2]), 3, 480, 640).contiguous(memory_format=torch.channels_last)
 for _ in range(3):
     sessions[0](images=images)

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("YOLO_OFFLINE", "true")
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="imagemill-gpu-"))
 
+from workers.models import Item
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "shapes-yolov8.pt"
 
@@ -127,7 +129,7 @@ def _weights(folder: Path, name: str) -> Path:
 
 def _load(weights: Path, device: str, precision: str, **params: Any) -> tuple[Any, list[Any]]:
     """A detector, and the sessions it opened."""
-    from workers.models import card_for, yolo
+    from workers.models import Site, card_for, yolo
     from workers.runtimes import torch as runtime
 
     sessions: list[Any] = []
@@ -136,7 +138,9 @@ def _load(weights: Path, device: str, precision: str, **params: Any) -> tuple[An
         sessions.append(runtime.open(network, device, precision))
         return sessions[-1]
 
-    return yolo.load(card_for("bench", "yolo"), yolo.Params(**params), weights, device, open_network), sessions
+    return yolo.load(
+        card_for("bench", "yolo", "detections"), yolo.Params(**params), weights, Site(device, open_network)
+    ), sessions
 
 
 def bare_forward(report: Report, device: str, quick: bool) -> None:
@@ -189,7 +193,7 @@ def precisions(report: Report, device: str, quick: bool) -> None:
 
 def _detect(detector: Any, pictures: list[Any], size: int = 8) -> list[Any]:
     """Results in the order of the pictures, batched by the model's own groups."""
-    prepared = [detector.prepare(picture, str(i)) for i, picture in enumerate(pictures)]
+    prepared = [detector.prepare(picture, Item(str(i))) for i, picture in enumerate(pictures)]
     groups: dict[Any, list[int]] = {}
     for i, one in enumerate(prepared):
         groups.setdefault(one.group, []).append(i)
@@ -209,10 +213,10 @@ def whole_batches(report: Report, device: str, quick: bool) -> None:
         from workers import images
 
         pictures = [images.decode(data, images.Limits()).pixels for data in jpegs(32)]
-        prepared = [detector.prepare(picture, "x") for picture in pictures]
+        prepared = [detector.prepare(picture, Item("x")) for picture in pictures]
         size = 8 if device == "cpu" else 32
         infer = rate(lambda: len(detector.infer(prepared[:size])), device, 1 if quick else 3)
-        prepare = rate(lambda: len([detector.prepare(p, "x") for p in pictures]), "cpu", 1 if quick else 3)
+        prepare = rate(lambda: len([detector.prepare(p, Item("x")) for p in pictures]), "cpu", 1 if quick else 3)
         report.say(f"prepare, one thread             {prepare:9.1f} images/s")
         report.say(f"infer, batch {size:<3}                {infer:9.1f} images/s")
 
@@ -229,7 +233,7 @@ def out_of_memory(report: Report, device: str, quick: bool) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         detector, _ = _load(_weights(Path(folder), "yolov8x"), device, "fp32", imgsz=1280)
-        prepared = [detector.prepare(images.decode(p, images.Limits()).pixels, "x") for p in pictures]
+        prepared = [detector.prepare(images.decode(p, images.Limits()).pixels, Item("x")) for p in pictures]
         many = prepared * (1 if quick else 16)
         size = batches.BatchSize(len(many))
         answers = batches.infer(detector, many, size)

@@ -56,7 +56,7 @@ store = open_store(settings.store, settings)
 leases.register(db, "fill", name="fill", host="fill", device="cpu", queue="cpu", pid=1, version="0")
 while (claim := leases.claim(db, "fill", "cpu", None)) is not None:
     rows = shardfile.read_manifest(store, claim.manifest_key)
-    outcomes = [Outcome(i, *row, 1, 1, detections.empty(), None) for i, row in enumerate(rows)]
+    outcomes = [Outcome(i, *row[:3], 1, 1, detections.empty(), None) for i, row in enumerate(rows)]
     leases.commit(db, claim, "fill", shardfile.Written("none", "0", 0), outcomes)
 print(lifecycle.finish(db, int(sys.argv[1])))
 """

@@ -8,6 +8,7 @@ would not be.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from storage.database import Database
 from storage.errors import BadInput, ImagemillError
 from storage.objects import Store
 from storage.settings import Settings
-from storage.shardfile import read_manifest, write_manifest
+from storage.shardfile import ManifestRow, read_manifest, write_manifest
 from storage.tables import shard
 
 _CHUNK = 8192  # references looked up at once
@@ -100,7 +101,7 @@ def _hashes(keys: Sequence[str]) -> npt.NDArray[np.bytes_]:
 
 def look(spec_dataset: str, settings: Settings) -> ImageRef | None:
     """The first image of a dataset, or None when it is empty: asked before a job is made of it."""
-    return next(iter(sources.refs(spec_dataset, settings)), None)
+    return next((ref for ref in sources.refs(spec_dataset, settings) if ref is not None), None)
 
 
 def plan(
@@ -160,7 +161,7 @@ class _Planning:
         done = self._planned_before()
         seen = Seen()
         compare = index.has_items(self.db, self.job.recipe_id)
-        for chunk in _chunks(self._refs(), _CHUNK):
+        for chunk in _arriving(self._refs(), _CHUNK):
             keys = [ref.key for ref in chunk]
             new = seen.add(keys)
             duplicates = len(chunk) - int(new.sum())
@@ -173,13 +174,18 @@ class _Planning:
         self._emit(0, 0, last=True)
         return seen
 
-    def _refs(self) -> Iterator[ImageRef]:
+    def _refs(self) -> Iterator[ImageRef | None]:
         """The dataset, or for a retry the recipe's own rows."""
         if not self.job.only:
             return sources.refs(self.job.spec.dataset, self.settings)
         where = {"failures": {"ok": False}, "retry": {"retry": True}}[self.job.only]
         rows = index.find(self.db, self.job.recipe_id, **where)  # type: ignore[arg-type]
-        return (ImageRef(row.key, row.uri, row.fingerprint) for row in rows)
+        manifest = functools.lru_cache(16)(self._manifest)
+        return (ImageRef(*manifest(row.shard_id)[row.position]) for row in rows)
+
+    def _manifest(self, shard_id: int) -> list[ManifestRow]:
+        ((key,),) = self.db.query(sa.select(shard.c.manifest_key).where(shard.c.id == shard_id))
+        return read_manifest(self.store, key)
 
     def _planned_before(self) -> Seen | None:
         """The keys in the shards that an interrupted planner wrote."""
@@ -190,7 +196,7 @@ class _Planning:
         done = Seen()
         for part in _chunks(rows, _MANIFESTS):
             for manifest in self.pool.map(lambda row: read_manifest(self.store, row.manifest_key), part):
-                done.add([key for key, _, _ in manifest])
+                done.add([row.key for row in manifest])
             lifecycle.keep_planning(self.db, self.job.id, self.planner)
         self.number = rows[-1].number + 1
         self.report.planned = sum(row.size for row in rows)
@@ -230,7 +236,7 @@ class _Planning:
 
     def _write(self, number: int, part: list[tuple[ImageRef, bool]]) -> NewShard:
         key = f"jobs/{self.job.id}/manifests/{number:07d}-{self.planner[:8]}.parquet"
-        write_manifest(self.store, key, [(ref.key, ref.uri, ref.fingerprint) for ref, _ in part])
+        write_manifest(self.store, key, [ManifestRow(r.key, r.uri, r.fingerprint, r.data) for r, _ in part])
         return NewShard(key, len(part), sum(replaces for _, replaces in part))
 
 
@@ -257,6 +263,19 @@ def _prune(db: Database, job: Job, planner: str, seen: Seen, report: Report, pru
         ids = [row_id for (_, row_id), a in zip(page, absent, strict=True) if a]
         lifecycle.prune(db, job.id, planner, ids)
     return gone
+
+
+def _arriving(refs: Iterable[ImageRef | None], size: int) -> Iterator[list[ImageRef]]:
+    """References in chunks; a smaller one, even an empty one, whenever the source has to wait for more."""
+    chunk: list[ImageRef] = []
+    for ref in refs:
+        if ref is not None:
+            chunk.append(ref)
+        if ref is None or len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     decode_seconds: float = Field(30, gt=0, description="How long such a child may take for one picture.")
     decode_threads: int = Field(0, ge=0, description="Threads that fetch and decode; 0 chooses by the cores.")
     buffer_bytes: int = Field(512_000_000, ge=1, description="Decoded and prepared images a worker may hold.")
+    encodings_bytes: int = Field(20_000_000_000, ge=0, description="Encoded images kept for mask jobs; 0 keeps none.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
 
     @field_validator("home", "cache", mode="after")

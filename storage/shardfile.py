@@ -1,7 +1,7 @@
 """A shard's manifest and a shard's outcomes, each as one Parquet object.
 
-A manifest says what is to be done: key, uri, fingerprint, in the order of positions. A result object says what came of
-it: one row an item, a result or a failure, with the provenance of all of them in the object's metadata.
+A manifest says what is to be done: key, uri, fingerprint, data, in the order of positions. A result object says what
+came of it: one row an item, a result or a failure, with the provenance of all of them in the object's metadata.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,9 +22,7 @@ from storage.objects import Store
 
 _METADATA_KEY = b"imagemill"
 
-MANIFEST_SCHEMA = pa.schema(
-    [pa.field("key", pa.string()), pa.field("uri", pa.string()), pa.field("fingerprint", pa.string())]
-)
+MANIFEST_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("key", "uri", "fingerprint", "data")])
 
 ITEM_SCHEMA = pa.schema(
     [
@@ -42,7 +40,14 @@ ITEM_SCHEMA = pa.schema(
     ]
 )
 
-ManifestRow = tuple[str, str, str]  # key, uri, fingerprint
+
+class ManifestRow(NamedTuple):
+    """One item to be done: jobs.sources.ImageRef, as it is stored."""
+
+    key: str
+    uri: str
+    fingerprint: str
+    data: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class Written:
 
 def write_manifest(store: Store, key: str, rows: Sequence[ManifestRow]) -> None:
     """Put the list of a shard's items."""
-    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(MANIFEST_SCHEMA)
     table = pa.table([pa.array(c, pa.string()) for c in columns], schema=MANIFEST_SCHEMA)
     store.put(key, _to_bytes(table))
 
@@ -91,7 +96,8 @@ def read_manifest(store: Store, key: str) -> list[ManifestRow]:
     table = _from_bytes(store.get(key), key)
     if table.schema.names != MANIFEST_SCHEMA.names:
         raise Unavailable(f"object {key!r} is no manifest: it has the columns {', '.join(table.schema.names)[:200]}")
-    return list(zip(*(table.column(name).to_pylist() for name in MANIFEST_SCHEMA.names), strict=True))
+    columns = (table.column(name).to_pylist() for name in MANIFEST_SCHEMA.names)
+    return [ManifestRow(*row) for row in zip(*columns, strict=True)]
 
 
 def write(store: Store, prefix: str, kind: str, outcomes: Sequence[Outcome], provenance: Mapping[str, Any]) -> Written:

@@ -35,9 +35,10 @@ import functools
 import importlib
 import io
 import logging
+import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,27 @@ def decode(data: bytes, limits: Limits) -> Decoded:
     with _one_error(name, data):
         pixels = _decode_jpeg(data, limits) if name == "JPEG" else _decode_pillow(name, data, limits)
     return Decoded(pixels, pixels.shape[1], pixels.shape[0])
+
+
+def crop(pixels: Pixels, box: Sequence[float]) -> Pixels:
+    """The part of a picture that a box covers, at least one pixel of it.
+
+    Args:
+        box: x1, y1, x2, y2 in pixels of the upright picture; what lies outside of it is left out.
+
+    Raises:
+        ItemFailed: stage "prepare", reason "outside", for a box that does not touch the picture.
+    """
+    height, width = pixels.shape[:2]
+    try:
+        left, top, right, bottom = (float(value) for value in box)
+        x1, y1, x2, y2 = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    except (TypeError, ValueError, OverflowError):
+        raise ItemFailed("prepare", "bad-prompt", f"expected a crop [x1, y1, x2, y2], but got {box!r}") from None
+    x1, y1, x2, y2 = max(0, x1), max(0, y1), min(width, max(x2, x1 + 1)), min(height, max(y2, y1 + 1))
+    if x1 >= x2 or y1 >= y2:
+        raise ItemFailed("prepare", "outside", f"the crop {list(box)} does not touch the {width} x {height} picture")
+    return np.ascontiguousarray(pixels[y1:y2, x1:x2])
 
 
 class Here:

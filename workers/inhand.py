@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 from dataclasses import dataclass, field
 
 from jobs.leases import Claim
-from jobs.sources import ImageRef
 from storage import shardfile
 from storage.errors import ItemFailed
 from storage.shardfile import Outcome
 from workers.loaded import Loaded
-from workers.models import Prepared
+from workers.models import Item, Prepared
 
 
 class Room:
@@ -51,8 +51,10 @@ class Run:
     def complete(self) -> bool:
         return len(self.outcomes) == self.claim.items
 
-    def ref(self, position: int) -> ImageRef:
-        return ImageRef(*self.rows[position])
+    def item(self, position: int) -> Item:
+        """What the model is told of an item."""
+        row = self.rows[position]
+        return Item(row.key, row.uri, row.fingerprint, json.loads(row.data) if row.data else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from storage.objects import Store
 from storage.settings import Settings
 from workers import models, runtimes, weights
 from workers.batches import BatchSize
-from workers.models import Model
+from workers.encodings import StoredEncodings
+from workers.models import Model, Site
 
 log = logging.getLogger("imagemill.worker")
 
@@ -38,6 +39,7 @@ class Models:
         self.store, self.settings, self.device = store, settings, device
         self._lock = threading.Lock()
         self._held: OrderedDict[str, Loaded] = OrderedDict()
+        self._encodings = StoredEncodings(store, settings.encodings_bytes)
         self._sizes: dict[str, BatchSize] = {}  # outlives the model: what did not fit will not fit after a reload
 
     def get(self, spec: JobSpec, in_use: Callable[[], set[str]] = set) -> Loaded:
@@ -75,7 +77,7 @@ class Models:
     def _load(self, spec: JobSpec) -> Model:
         log.info("loading %s (%s, %s)", spec.model, spec.runtime, spec.precision)
         family = models.family(spec.family)
-        card = models.card_for(spec.model, spec.family, spec.weights_sha256)
+        card = models.card_for(spec.model, spec.family, spec.kind, spec.weights_sha256)
         path = None
         if spec.weights:
             path = weights.fetch(self.store, spec.weights, spec.weights_sha256, self.settings.cache_folder)
@@ -84,14 +86,13 @@ class Models:
         def open_network(network: runtimes.Network) -> Any:
             return runtime.open(network, self.device, spec.precision)
 
+        site = Site(self.device, open_network, spec.precision, spec.weights_sha256, self._encodings)
         try:
-            model: Model = family.load(card, card.params(**spec.params), path, self.device, open_network)
+            model: Model = family.load(card, card.params(**spec.params), path, site)
         except ImagemillError:
             raise
         except ImportError as error:
-            raise Misconfigured(
-                f"model {spec.model!r} needs {error.name or error}; install it with: pip install 'imagemill[worker]'"
-            ) from error
+            raise Misconfigured(models.lacking(spec.family, error.name or str(error))) from error
         except Exception as error:
             raise BadInput(f"model {spec.model!r} could not be loaded: {type(error).__name__}: {error}") from error
         return model

@@ -34,7 +34,7 @@ from workers import faults, images, provenance
 from workers.incarnation import Incarnation
 from workers.inhand import Ready, Room, Run, attempt_prefix
 from workers.loaded import Models
-from workers.models import Prepared
+from workers.models import Item, Prepared
 from workers.sandbox import Sandbox
 from workers.ticket import Ticket
 
@@ -105,7 +105,8 @@ class Stream:
 
     def _fetch(self, run: Run, position: int, ready: queue.SimpleQueue[Ready | None]) -> None:
         try:
-            data = b"" if run.dropped else self._read(run, run.ref(position).uri)
+            uri = run.rows[position].uri
+            data = b"" if run.dropped or not uri else self._read(run, uri)
         except ItemFailed as error:
             ready.put(Ready(run, position, None, error))
         except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
@@ -172,28 +173,26 @@ class Stream:
     def _decode(self, run: Run, position: int, data: bytes) -> tuple[tuple[int, int] | None, Prepared | ItemFailed]:
         if run.dropped:
             return None, ItemFailed("fetch", "dropped", "the shard was given back")
+        item = run.item(position)
+        if not item.uri:
+            return None, _prepared(run, None, item)
         _, width, height = self._pictures.header(data)
         nbytes = min(width * height, self.settings.max_image_pixels) * 3
         self._decoded.take(nbytes)
         try:
             picture = self._pictures.decode(data)
             size = (picture.width, picture.height)
-            try:
-                prepared = run.loaded.model.prepare(picture.pixels, run.rows[position][0])
-            except ItemFailed as error:
-                return size, error
-            except Exception as error:  # noqa: BLE001 (a model may raise anything; it becomes a row with its size)
-                return size, _unexpected("prepare", error)
+            return size, _prepared(run, picture.pixels, item)
         finally:
             self._decoded.give(nbytes)
-        return size, prepared
 
     @staticmethod
     def outcome(run: Run, position: int, size: tuple[int, int] | None, answer: Any) -> Outcome:
         """The row of an item: its result or its failure."""
         width, height = size or (None, None)
         failure = answer if isinstance(answer, ItemFailed) else None
-        return Outcome(position, *run.rows[position], width, height, None if failure else answer, failure)
+        row = run.rows[position]
+        return Outcome(position, row.key, row.uri, row.fingerprint, width, height, None if failure else answer, failure)
 
     # ---------------------------------------------------------------- the end of a shard, in a writer's thread
 
@@ -289,7 +288,7 @@ class Stream:
     def _give_up(self, claim: Claim, message: str) -> None:
         rows = shardfile.read_manifest(self.store, claim.manifest_key)
         failure = ItemFailed("shard", "shard-failed", message[:500], retry=True)
-        outcomes = [Outcome(i, *row, None, None, None, failure) for i, row in enumerate(rows)]
+        outcomes = [Outcome(i, *row[:3], None, None, None, failure) for i, row in enumerate(rows)]
         meta = provenance.of(claim, claim.spec.batch, self.device, self.me.id)
         written = shardfile.write(self.store, attempt_prefix(claim), claim.spec.kind, outcomes, meta)
         if leases.commit(self.db, claim, self.me.id, written, outcomes, state=states.QUARANTINED):
@@ -302,6 +301,18 @@ def _pictures(settings: Settings, threads: int) -> images.Here | Sandbox:
     if not settings.untrusted:
         return images.Here(limits)
     return Sandbox(threads, limits, settings.decode_memory_bytes, settings.decode_seconds)
+
+
+def _prepared(run: Run, image: images.Pixels | None, item: Item) -> Prepared | ItemFailed:
+    """What the model makes of an item, or what is wrong with it; never an exception, so that its size is kept."""
+    try:
+        if image is not None and "crop" in item.data:
+            image = images.crop(image, item.data["crop"])
+        return run.loaded.model.prepare(image, item)
+    except ItemFailed as error:
+        return error
+    except Exception as error:  # noqa: BLE001 (a model may raise anything)
+        return _unexpected("prepare", error)
 
 
 def _unexpected(stage: str, error: Exception) -> ItemFailed:

@@ -53,10 +53,8 @@ def resolve(
         report = lambda done, total: on_download(card.name, done, total)  # noqa: E731
         return weights.download(card.weights, settings.cache_folder, card.sha256, report)
 
-    resolved = models.resolve(model, params, fetch)
+    resolved = models.resolve(model, kind, params, fetch)
     card = resolved.card
-    if card.kind != kind:
-        raise BadInput(f"model {card.name!r} yields {card.kind}, but this command needs a model that yields {kind}")
     queue = _queue(db, settings, device, card)
     sha256 = key = ""
     if resolved.weights_path is not None:

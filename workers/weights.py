@@ -1,9 +1,11 @@
-"""Weights files: put into the object store once under their sha256, fetched once a machine, verified."""
+"""Weights, a file or a folder: put into the object store once under their sha256, fetched once a machine, verified."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -11,16 +13,24 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from storage.errors import BadInput, Misconfigured, Unavailable
-from storage.objects import Store
+from storage.errors import BadInput, Misconfigured, Unavailable, one_line
+from storage.objects import Store, check_key
 
 Progress = Callable[[int, int], None]  # bytes so far, bytes in all (0 when unknown)
 
 _BLOCK = 1 << 20
 
 
+_LIST = ".files.json"  # name -> sha256 of a folder's files; its key stands for the folder
+# What of a repository on the hub is fetched: no pickles, no code.
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_HUB_PREFIX = "hf:"
+
+
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hex."""
+    """The sha256 of a file, or of the names and sha256s of all files in a folder, in hex."""
+    if path.is_dir():
+        return hashlib.sha256(_listing(path)).hexdigest()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -28,8 +38,22 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _listing(folder: Path) -> bytes:
+    """The canonical JSON of a folder's files and their sha256s."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
+    if not files:
+        raise BadInput(f"the model folder {str(folder)!r} is empty")
+    return json.dumps({path.relative_to(folder).as_posix(): sha256_of(path) for path in files}, sort_keys=True).encode()
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)  # such as the hub's own .cache
+
+
 def publish(store: Store, path: Path, sha256: str) -> str:
-    """Put a weights file where every worker finds it; returns its key. One that is there already is left alone."""
+    """Put weights where every worker finds them; returns their key. What is there already is left alone."""
+    if path.is_dir():
+        return _publish_folder(store, path, sha256)
     key = f"weights/{sha256}/{path.name}"
     there = store.stat(key)
     if there is None or there.size != path.stat().st_size:
@@ -37,8 +61,21 @@ def publish(store: Store, path: Path, sha256: str) -> str:
     return key
 
 
+def _publish_folder(store: Store, folder: Path, sha256: str) -> str:
+    base = f"weights/{sha256}/{folder.name}"
+    listing = _listing(folder)
+    for name in json.loads(listing):
+        there = store.stat(f"{base}/{name}")
+        if there is None or there.size != (folder / name).stat().st_size:
+            store.put_file(f"{base}/{name}", folder / name)
+    store.put(base + _LIST, listing)
+    return base + _LIST
+
+
 def fetch(store: Store, key: str, sha256: str, cache: Path) -> Path:
-    """The weights as a local file whose sha256 has been checked. Several processes may fetch it at once."""
+    """The weights as a local file or folder whose sha256 has been checked. Several processes may fetch them at once."""
+    if key.endswith(_LIST):
+        return _fetch_folder(store, key, sha256, cache)
     path = cache / "weights" / sha256 / key.rsplit("/", 1)[-1]
     if path.is_file() and sha256_of(path) == sha256:
         return path
@@ -53,18 +90,60 @@ def fetch(store: Store, key: str, sha256: str, cache: Path) -> Path:
     return path
 
 
+def _fetch_folder(store: Store, key: str, sha256: str, cache: Path) -> Path:
+    base = key.removesuffix(_LIST)
+    folder = cache / "weights" / sha256 / base.rsplit("/", 1)[-1]
+    if folder.is_dir() and sha256_of(folder) == sha256:
+        return folder
+    listing = store.get(key)
+    if hashlib.sha256(listing).hexdigest() != sha256:
+        raise Misconfigured(f"the model folder {key} is not the one that was pinned: its list of files differs")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        for name, pinned in json.loads(listing).items():
+            check_key(name)
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(f"{base}/{name}", path)
+            _verify(path, pinned, name)
+        _put_in_place(temporary, folder, sha256)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _put_in_place(temporary: Path, folder: Path, sha256: str) -> None:
+    """Rename a finished folder; another process may have been first, or an earlier one may have left a broken one."""
+    for _ in range(3):
+        try:
+            os.replace(temporary, folder)
+            return
+        except OSError:
+            if folder.is_dir() and sha256_of(folder) == sha256:
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+    raise Misconfigured(f"cannot write the model folder {folder}; check the permissions of IMAGEMILL_CACHE")
+
+
 def download(url: str, cache: Path, sha256: str, on_progress: Progress = lambda done, total: None) -> Path:
-    """The file at an https URL, kept in the cache; its sha256 is checked when one is pinned.
+    """The file at an https URL or the folder of a hub's repository, kept in the cache.
+
+    Args:
+        url: https://..., or hf:owner/name[@revision].
+        sha256: checked when one is pinned; that of a file may be its beginning only.
 
     Raises:
         Unavailable: the server does not answer, or breaks off; nothing half-fetched is left.
         Misconfigured: the bytes are not those that were pinned.
     """
+    if url.startswith(_HUB_PREFIX):
+        return _from_hub(url.removeprefix(_HUB_PREFIX), cache, sha256)
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https":
-        raise BadInput(f"cannot fetch weights from {url!r}: expected an https:// URL or a local file")
+        raise BadInput(f"cannot fetch weights from {url!r}: expected an https:// URL, hf:owner/name, or a local file")
     path = cache / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16] / Path(parts.path).name
-    if path.is_file() and (not sha256 or sha256_of(path) == sha256):
+    if path.is_file() and (not sha256 or sha256_of(path).startswith(sha256)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -75,6 +154,28 @@ def download(url: str, cache: Path, sha256: str, on_progress: Progress = lambda 
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _from_hub(name: str, cache: Path, sha256: str) -> Path:
+    """A repository of the Hugging Face hub, through its own client, which shows its own progress."""
+    repo, _, revision = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise Misconfigured(
+            "models from the hub need huggingface_hub; install it with: pip install 'imagemill[models]'"
+        ) from None
+    folder = cache / "hub" / (repo.replace("/", "--") + (f"@{revision}" if revision else ""))
+    try:
+        snapshot_download(repo, revision=revision or None, local_dir=folder, allow_patterns=list(_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise Unavailable(
+            f"cannot download {_HUB_PREFIX}{name}: {one_line(str(error), 200)}; "
+            "fetch the folder on another machine and give its path to --model"
+        ) from error
+    _verify(folder, sha256, f"{_HUB_PREFIX}{name}")
+    return folder
 
 
 def _stream(url: str, path: Path, on_progress: Progress) -> None:
@@ -96,7 +197,7 @@ def _stream(url: str, path: Path, on_progress: Progress) -> None:
 
 
 def _verify(path: Path, sha256: str, source: str) -> None:
-    if sha256 and (found := sha256_of(path)) != sha256:
+    if sha256 and not (found := sha256_of(path)).startswith(sha256):
         raise Misconfigured(
             f"{source} is not the file that was pinned: sha256 {found[:16]}..., expected {sha256[:16]}..."
         )

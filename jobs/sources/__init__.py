@@ -6,8 +6,9 @@ A scheme's file defines
                                      paths
     canonical(uri) -> str            the one spelling that goes into the recipe: absolute, no trailing slash;
                                      raises BadInput when the disk shows that there is no such dataset
-    refs(uri, settings) -> Iterator[ImageRef]
-                                     every image, streamed; keys stable between two listings, safe and NFC;
+    refs(uri, settings) -> Iterator[ImageRef | None]
+                                     every image, streamed; keys stable between two listings, safe and NFC; None says
+                                     that there is nothing more just now, of a dataset that still grows;
                                      raises BadInput (no such dataset), Misconfigured (bucket, credentials) or
                                      Unavailable (listing broke off), never ends early in silence: what a listing
                                      does not name is pruned
@@ -50,7 +51,7 @@ _ESCAPED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image of a dataset, not its bytes.
+    """One image of a dataset, not its bytes; or with an empty uri an item that needs no image, such as a prompt.
 
     Attributes:
         key: its name within the dataset: unique, stable, relative, forward slashes, NFC.
@@ -59,11 +60,14 @@ class ImageRef:
             or "uri:..." where nothing better is known; "missing" when the file is not there, "refused" when it must
             not be read (its uri then starts with "refused:", which storage.objects.read answers with BadInput).
             Both become failure rows.
+        data: a JSON object of what is said of this item alone, such as the boxes to mask or the prompt to draw, or "".
+            A "crop" in it, [x1, y1, x2, y2] in pixels of the upright picture, means that part of the picture only.
     """
 
     key: str
     uri: str
     fingerprint: str
+    data: str = ""
 
 
 def names() -> list[str]:
@@ -88,9 +92,9 @@ def canonical(uri: str) -> str:
     return str(find(uri).canonical(uri))
 
 
-def refs(uri: str, settings: Settings) -> Iterator[ImageRef]:
-    """Every image of a dataset, streamed in the source's own order."""
-    found: Iterator[ImageRef] = find(uri).refs(uri, settings)
+def refs(uri: str, settings: Settings) -> Iterator[ImageRef | None]:
+    """Every image of a dataset, streamed in the source's own order; None where it waits for more."""
+    found: Iterator[ImageRef | None] = find(uri).refs(uri, settings)
     return found
 
 

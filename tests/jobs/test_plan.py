@@ -77,7 +77,7 @@ def manifest_keys(db: Database, store: Store, found: Job) -> list[str]:
     assert [row.number for row in rows] == list(range(len(rows)))
     manifests = [read_manifest(store, row.manifest_key) for row in rows]
     assert [len(m) for m in manifests] == [row.size for row in rows]
-    return [key for m in manifests for key, _, _ in m]
+    return [key for m in manifests for key, *_ in m]
 
 
 def compute(db: Database, store: Store, worker_id: str, failed: dict[str, bool] | None = None) -> str | None:
@@ -85,7 +85,7 @@ def compute(db: Database, store: Store, worker_id: str, failed: dict[str, bool] 
     ending = None
     while (claim := leases.claim(db, worker_id, "cpu", None)) is not None:
         outcomes = []
-        for i, (key, uri, fingerprint) in enumerate(read_manifest(store, claim.manifest_key)):
+        for i, (key, uri, fingerprint, _) in enumerate(read_manifest(store, claim.manifest_key)):
             failure = ItemFailed("fetch", "gone", "x", retry=failed[key]) if failed and key in failed else None
             found = None if failure else result(0.5)
             outcomes.append(Outcome(i, key, uri, fingerprint, 1, 1, found, failure))

@@ -20,8 +20,8 @@ from tests.support import outcome, result
 
 MANIFESTS: list[list[shardfile.ManifestRow]] = [
     [],
-    [("a.jpg", "file:///a.jpg", "mtime:1+2")],
-    [(f"日本/🐕 {i}\n.jpg", f"s3://b/%20{i}", "") for i in range(3000)],
+    [shardfile.ManifestRow("a.jpg", "file:///a.jpg", "mtime:1+2")],
+    [shardfile.ManifestRow(f"日本/🐕 {i}\n.jpg", f"s3://b/%20{i}", "", '{"n": 1}') for i in range(3000)],
 ]
 
 

@@ -2,10 +2,12 @@
 
 A family's file defines, with no heavy import at module level,
 
-    CARDS: tuple[Card, ...]                              the models known by name
-    claims(path) -> bool                                 whether a local weights file is of this family
-    describe(path) -> tuple[str, ...]                    the class names in a weights file, read without running it
-    load(card, params, weights, device, open_network) -> Model
+    CARDS: tuple[Card, ...]                     the models known by name, at least one for each kind it yields
+    REQUIRES: tuple[str, ...]                   import names of the libraries that `load` needs
+    EXTRA: str                                  the extra of the package that brings them, where it is not "worker"
+    claims(path) -> bool                        whether a local weights file or folder is of this family
+    describe(path) -> tuple[str, ...]           the class names in the weights, read without running them
+    load(card, params, weights, site) -> Model  `card.kind` says which of its kinds is wanted
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -24,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import BadInput
+from workers.runtimes import Network, Session
 
 Image = npt.NDArray[np.uint8]  # (height, width, 3) RGB, upright
 
@@ -33,11 +37,11 @@ class Card:
     """What is known of a model before anything heavy is imported.
 
     Attributes:
-        name: what the user types after --model.
+        name: what the user types after --model; unique among the models of one kind.
         family: the file in this folder.
         kind: the result kind it yields, a file of storage/results.
         params: class of a frozen dataclass; its fields are the parameters, its defaults the defaults.
-        weights: where the weights come from: "" for none, or a URI.
+        weights: where the weights come from: "" for none, an https:// URL of a file, or hf:owner/name[@revision].
         sha256: of the weights, "" until resolved.
         memory_gb: device memory it needs with a batch of one.
         licence: SPDX name.
@@ -51,6 +55,48 @@ class Card:
     sha256: str = ""
     memory_gb: float = 1.0
     licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a model is told of an item besides its pixels.
+
+    Attributes:
+        key: its name in the dataset.
+        uri, fingerprint: of the image, "" where there is none; together they name its content.
+        data: what the job says of this item alone (jobs.sources.ImageRef.data), {} for nothing.
+    """
+
+    key: str
+    uri: str = ""
+    fingerprint: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Encodings(Protocol):
+    """What costly encoders have made of images, kept for the whole fleet; may forget anything at any time."""
+
+    def get(self, name: str) -> bytes | None: ...
+    def put(self, name: str, data: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a model is loaded.
+
+    Attributes:
+        device: "cpu" or "cuda" (a worker sees one GPU only).
+        open_network: gives a runtime's Session for a Network, on that device in the job's precision.
+        precision: "fp32", "bf16" or "fp16", for families that keep a loop of their own.
+        weights_sha256: of the weights, to name what is made with them.
+        encodings: where encoded images are kept, or None.
+    """
+
+    device: str
+    open_network: Callable[[Network], Session]
+    precision: str = "fp32"
+    weights_sha256: str = ""
+    encodings: Encodings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +119,12 @@ class Prepared:
 class Model(Protocol):
     """A loaded model on one device."""
 
-    def prepare(self, image: Image, key: str) -> Prepared:
-        """One upright RGB image -> ready for the device. Called from several threads. May raise ItemFailed."""
+    def prepare(self, image: Image | None, item: Item) -> Prepared:
+        """One upright RGB image -> ready for the device. Called from several threads. May raise ItemFailed.
+
+        Args:
+            image: None for an item without an image.
+        """
         ...
 
     def infer(self, batch: Sequence[Prepared]) -> list[Any]:
@@ -95,9 +145,6 @@ class Resolved:
     params: Mapping[str, Any]
     weights_path: Path | None
     labels: tuple[str, ...]
-
-
-OpenNetwork = Callable[..., Any]
 
 
 def families() -> list[str]:
@@ -136,33 +183,45 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def card_for(name: str, family_name: str, sha256: str = "") -> Card:
-    """The card of a stored spec's model: the family's own, under the name the user gave."""
-    first: Card = family(family_name).CARDS[0]
+def card_for(name: str, family_name: str, kind: str, sha256: str = "") -> Card:
+    """The card of a stored spec's model: the family's own for that kind, under the name the user gave."""
+    first: Card = next(card for card in family(family_name).CARDS if card.kind == kind)
     return dataclasses.replace(first, name=name, sha256=sha256)
 
 
-def resolve(name: str, given: Mapping[str, Any], fetch: Callable[[Card], Path]) -> Resolved:
+def missing(family_name: str) -> list[str]:
+    """The libraries that a family needs and this machine lacks, by their import names."""
+    return [name for name in family(family_name).REQUIRES if importlib.util.find_spec(name) is None]
+
+
+def lacking(family_name: str, library: str) -> str:
+    """What to tell a user whose machine lacks a library that a family needs."""
+    extra = getattr(family(family_name), "EXTRA", "worker")
+    return f"the model family {family_name} needs {library}; install it with: pip install 'imagemill[{extra}]'"
+
+
+def resolve(name: str, kind: str, given: Mapping[str, Any], fetch: Callable[[Card], Path]) -> Resolved:
     """The model a user named, its weights found and its parameters filled and checked.
 
     Args:
-        name: a path to a weights file, or the name of a card.
+        name: a path to a weights file or folder, or the name of a card.
+        kind: the result kind that is wanted.
         given: the parameters the user set, by name.
-        fetch: card -> local weights file, downloading it if need be.
+        fetch: card -> local weights file or folder, downloading it if need be.
 
     Raises:
         BadInput: no such model or file, no such parameter, a wrong value.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        card = _card_of_file(path)
+    if path.is_file() or (path.is_dir() and ("/" in name or not _named(name))):
+        card = _card_of_file(path, kind)
     elif path.suffix or "/" in name:
         raise BadInput(f"there is no model file {name!r}; check the path, or list the known models: imagemill models")
     else:
-        card = _card_named(name)
+        card = _card_named(name, kind)
         path = fetch(card) if card.weights else Path()
     module = family(card.family)
-    has_weights = path.is_file()
+    has_weights = bool(path.name)
     labels = tuple(module.describe(path)) if has_weights else tuple(getattr(module, "LABELS", ()))
     params = fill(card, given)
     check_labels(params, labels)
@@ -177,17 +236,44 @@ def check_labels(params: Mapping[str, Any], labels: Sequence[str]) -> None:
             raise BadInput(f"the model has no label {wanted!r}{nearest(wanted, labels)}; it has: {shown}")
 
 
-def _card_named(name: str) -> Card:
-    known = {card.name: card for card in cards()}
-    if name not in known:
-        hint = nearest(name, list(known))
+COMMANDS = {
+    "detections": "annotate",
+    "masks": "mask",
+    "embedding": "embed",
+    "labels": "classify",
+    "image": "generate or transform",
+}
+
+
+def _named(name: str) -> list[Card]:
+    return [card for card in cards() if card.name == name]
+
+
+def _card_named(name: str, kind: str) -> Card:
+    found = _named(name)
+    if not found:
+        hint = nearest(name, [card.name for card in cards()])
         raise BadInput(f"unknown model {name!r}{hint}; list them with: imagemill models, or give a weights file")
-    return known[name]
+    return _of_kind(found, kind)
 
 
-def _card_of_file(path: Path) -> Card:
+def _card_of_file(path: Path, kind: str) -> Card:
     for name in families():
         module = family(name)
         if module.claims(path):
-            return dataclasses.replace(card_for(path.stem, name), weights=str(path))
+            card = _of_kind([dataclasses.replace(card, name=path.stem) for card in module.CARDS], kind)
+            return dataclasses.replace(card, weights=str(path), sha256="")
     raise BadInput(f"{str(path)!r} is no checkpoint of a known family; known: {', '.join(families())}")
+
+
+def _of_kind(found: Sequence[Card], kind: str) -> Card:
+    """The first card of a kind. Raises BadInput, naming the command that takes the model."""
+    for card in found:
+        if card.kind == kind:
+            return card
+    kinds = sorted({card.kind for card in found})
+    use = " or ".join(f"imagemill {COMMANDS.get(k, k)}" for k in kinds)
+    raise BadInput(
+        f"model {found[0].name!r} is of the family {found[0].family}, which yields {' and '.join(kinds)}, "
+        f"but this command needs {kind}; use: {use}"
+    )

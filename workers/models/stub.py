@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers.models import Card, Image, Prepared
+from workers.models import Card, Image, Item, Prepared, Site
 
+REQUIRES = ()
 LABELS = ("bird", "cat", "dog")
 
 
@@ -62,10 +62,8 @@ def check_labels(params: Params, labels: Sequence[str]) -> None:
     """Nothing names a label."""
 
 
-def load(
-    card: Card, params: Params, weights: Path | None, device: str, open_network: Callable[..., Any] | None
-) -> Stub:
-    """Nothing is read; `weights`, `device` and `open_network` are not used."""
+def load(card: Card, params: Params, weights: Path | None, site: Site | None) -> Stub:
+    """Nothing is read; `weights` and `site` are not used."""
     if not isinstance(params, Params):
         raise BadInput(f"model {card.name!r} takes stub parameters, but got {type(params).__name__}")
     return Stub(params)
@@ -87,8 +85,10 @@ class Stub:
     def __init__(self, params: Params) -> None:
         self._params = params
 
-    def prepare(self, image: Image, key: str) -> Prepared:
+    def prepare(self, image: Image | None, item: Item) -> Prepared:
         """Keeps the checksum; wide and tall pictures make two groups, as a detector's padded shapes would."""
+        if image is None:
+            raise ItemFailed("prepare", "no-image", "the stub looks at pictures, and this item has none")
         height, width = image.shape[:2]
         group = "wide" if width >= height else "tall"
         return Prepared(group, _checksum(image), image.nbytes, (height, width))

@@ -25,8 +25,10 @@ from storage import settings
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
 from workers import checkpoints
-from workers.models import Card, Image, Prepared, nearest
+from workers.models import Card, Image, Item, Prepared, Site, nearest
 from workers.runtimes import Network, Session
+
+REQUIRES = ("torch", "torchvision", "ultralytics", "cv2")
 
 _STRIDE = 32  # pixels; the coarsest feature map of all but the p6 models, and ultralytics' least padding unit
 _PAD_GREY = 114  # ultralytics LetterBox, padding_value
@@ -219,16 +221,8 @@ def _detector_in(path: Path) -> checkpoints.StandIn:
     return model
 
 
-def load(
-    card: Card, params: Params, weights: Path, device: str, open_network: Callable[[Network], Session]
-) -> Detector:
-    """Check the checkpoint, load it, and open its network on the device.
-
-    Args:
-        weights: local checkpoint (.pt).
-        device: where `open_network` puts the network: "cpu" or "cuda".
-        open_network: gives a Session for a Network, on that device.
-    """
+def load(card: Card, params: Params, weights: Path, site: Site) -> Detector:
+    """Check the local checkpoint (.pt), load it, and open its network on the device."""
     labels = describe(weights)
     check_labels(params, labels)
     first: list[Any] = [_Raw(weights, params.nms)]
@@ -237,7 +231,7 @@ def load(
         raise BadInput(f"{card.name} needs imgsz to be a multiple of {head.padding}, but got {params.imgsz}")
     # The module just loaded serves the first runtime; one that runs next gets its own, as runtimes change theirs.
     network = _network(lambda: (first.pop() if first else _Raw(weights, params.nms)).module, params.imgsz)
-    return Detector(params, labels, head, open_network(network), device)
+    return Detector(params, labels, head, site.open_network(network), site.device)
 
 
 def _network(build: Callable[[], Any], imgsz: int) -> Network:
@@ -350,8 +344,10 @@ class Detector:
         self._session: Session | None = session
         self._keep = [i for i, label in enumerate(labels) if label in params.classes]
 
-    def prepare(self, image: Image, key: str) -> Prepared:
+    def prepare(self, image: Image | None, item: Item) -> Prepared:
         """Letterbox one picture; data is (height, width, 3) uint8 RGB, meta the original's (height, width)."""
+        if image is None:
+            raise ItemFailed("prepare", "no-image", "a detector looks at pictures, and this item has none")
         data = letterbox(image, self._params.imgsz, self._head.padding)
         return Prepared(data.shape[:2], data, data.nbytes, (image.shape[0], image.shape[1]))
 

@@ -50,7 +50,9 @@ class Mill:
         new = []
         for number, outcomes in enumerate(shards):
             key = f"jobs/{job.id}/manifests/{number}.parquet"
-            shardfile.write_manifest(self.store, key, [(o.key, o.uri, o.fingerprint) for o in outcomes])
+            shardfile.write_manifest(
+                self.store, key, [shardfile.ManifestRow(o.key, o.uri, o.fingerprint) for o in outcomes]
+            )
             new.append(NewShard(key, len(outcomes), replaces))
         total = sum(len(outcomes) for outcomes in shards)
         lifecycle.add_shards(self.db, job.id, "planner", 0, new, Planned(total, 0, 0))

@@ -22,7 +22,7 @@ import pytest
 import storage.results
 from storage.errors import BadInput
 from workers import models
-from workers.models import Card, Prepared
+from workers.models import Card, Item, Prepared, Site
 
 RUN_ON = "cpu"
 
@@ -73,7 +73,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     weights = build(tmp_path_factory.mktemp(name)) if build else None
     card = family.CARDS[0]
     params = card.params(**SMALL.get(name, {}))
-    return Subject(family, card, weights, family.load(card, params, weights, RUN_ON, _open))
+    return Subject(family, card, weights, family.load(card, params, weights, Site(RUN_ON, _open)))
 
 
 def pictures(count: int = 6, shape: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
@@ -82,7 +82,7 @@ def pictures(count: int = 6, shape: tuple[int, int] = (48, 64)) -> list[np.ndarr
 
 
 def prepared(model: Any, images: list[np.ndarray]) -> list[Prepared]:
-    return [model.prepare(image, f"key-{i}") for i, image in enumerate(images)]
+    return [model.prepare(image, Item(f"key-{i}")) for i, image in enumerate(images)]
 
 
 def same(one: Any, other: Any, tolerance: float = 1e-4) -> bool:
@@ -170,7 +170,7 @@ def test_an_empty_result_is_valid(subject: Subject) -> None:
 def test_pictures_are_prepared_from_threads(subject: Subject) -> None:
     images = pictures(16)
     with ThreadPoolExecutor(4) as pool:
-        batch = list(pool.map(lambda image: subject.model.prepare(image, "key"), images))
+        batch = list(pool.map(lambda image: subject.model.prepare(image, Item("key")), images))
     results = subject.model.infer(batch)
     assert all(
         same(a, b, 0) for a, b in zip(results, subject.model.infer(prepared(subject.model, images)), strict=True)
@@ -180,7 +180,7 @@ def test_pictures_are_prepared_from_threads(subject: Subject) -> None:
 def test_preparing_leaves_the_picture_alone(subject: Subject) -> None:
     (image,) = pictures(1)
     before = image.copy()
-    item = subject.model.prepare(image, "key")
+    item = subject.model.prepare(image, Item("key"))
     subject.model.infer([item])
     assert np.array_equal(image, before)
     assert item.nbytes > 0
@@ -218,7 +218,7 @@ class TestStub:
     def model(self, **params: Any) -> Any:
         from workers.models import stub
 
-        return stub.load(stub.CARDS[0], stub.Params(**params), None, RUN_ON, None)
+        return stub.load(stub.CARDS[0], stub.Params(**params), None, None)
 
     def test_results_can_be_foretold(self) -> None:
         from workers.models import stub

@@ -19,7 +19,7 @@ import torch
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
 from workers import checkpoints
-from workers.models import Card, fill, yolo
+from workers.models import Card, Item, Site, fill, yolo
 from workers.models.yolo import Params
 from workers.runtimes import Network, Session
 from workers.runtimes import torch as torch_runtime
@@ -147,11 +147,11 @@ def opened(network: Network) -> Session:
 
 
 def loaded(path: Path, params: Params = Params(imgsz=SIZE)) -> yolo.Detector:
-    return yolo.load(card(path.stem), params, path, "cpu", opened)
+    return yolo.load(card(path.stem), params, path, Site("cpu", opened))
 
 
 def alone(model: yolo.Detector, image: np.ndarray) -> Result:
-    (result,) = model.infer([model.prepare(image, "key")])
+    (result,) = model.infer([model.prepare(image, Item("key"))])
     assert isinstance(result, Result)
     return result
 
@@ -192,7 +192,7 @@ def assert_same(ours: Result, theirs: Any) -> None:
 
 def with_candidates(model: yolo.Detector, image: np.ndarray, count: int) -> yolo.Detector:
     """The same model with its threshold between the scores of the picture's best `count` anchor points and the rest."""
-    logits = model._session(images=model._tensor([model.prepare(image, "key")]))["logits"]
+    logits = model._session(images=model._tensor([model.prepare(image, Item("key"))]))["logits"]
     best = logits.max(1).values.flatten().sigmoid().sort(descending=True).values
     count = min(count, len(best) // 2)
     picky = copy.copy(model)
@@ -244,7 +244,7 @@ def test_other_input_sizes_and_the_default(models: Callable[[str], Path], assets
 def test_a_batch_gives_what_each_picture_gives_alone(models: Callable[[str], Path], assets: Path) -> None:
     images = [np.ascontiguousarray(np.roll(pictures(assets)["odd"], 37 * i, 1)) for i in range(8)]
     model = with_candidates(loaded(models("yolo11n")), images[0], 100)
-    prepared = [model.prepare(image, str(i)) for i, image in enumerate(images)]
+    prepared = [model.prepare(image, Item(str(i))) for i, image in enumerate(images)]
     together = model.infer(prepared)
     assert len({len(r.labels) for r in together}) > 1  # eight different pictures
     for item, result in zip(prepared, together, strict=True):
@@ -288,7 +288,7 @@ def test_an_infinite_number_fails_its_picture_only(nms: bool, bad: float) -> Non
     distances = torch.ones(3, 64, 21)
     distances[1, 5, 7] = bad
     model = fake(yolo._Head((8, 16, 32), 16), distances, logits, nms=nms)
-    item = model.prepare(np.zeros((32, 32, 3), np.uint8), "key")
+    item = model.prepare(np.zeros((32, 32, 3), np.uint8), Item("key"))
     first, second, third = model.infer([item] * 3)
     assert isinstance(first, Result)
     assert isinstance(third, Result)
@@ -386,7 +386,7 @@ def test_a_model_of_another_task_is_refused_by_name(tmp_path: Path) -> None:
         YOLO("yolov8n-seg.yaml").save(tmp_path / "seg.pt")
     assert yolo.claims(tmp_path / "seg.pt")
     with pytest.raises(BadInput, match="is a model to segment"):
-        yolo.load(card("yolov8n"), Params(), tmp_path / "seg.pt", "cpu", opened)
+        yolo.load(card("yolov8n"), Params(), tmp_path / "seg.pt", Site("cpu", opened))
 
 
 def test_a_missing_nms_free_head_is_said(models: Callable[[str], Path]) -> None:
@@ -397,7 +397,7 @@ def test_a_missing_nms_free_head_is_said(models: Callable[[str], Path]) -> None:
 def test_weights_named_by_their_digest_load(models: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "3f2a"
     path.write_bytes(models("yolov8n").read_bytes())
-    assert yolo.load(card("yolov8n"), Params(imgsz=SIZE), path, "cpu", opened)
+    assert yolo.load(card("yolov8n"), Params(imgsz=SIZE), path, Site("cpu", opened))
 
 
 def test_a_network_can_be_built_again(models: Callable[[str], Path]) -> None:
@@ -410,7 +410,7 @@ def test_a_network_can_be_built_again(models: Callable[[str], Path]) -> None:
         torch_runtime.open(network, "cpu", "bf16")
         return session
 
-    yolo.load(card("yolov8n"), Params(imgsz=SIZE), models("yolov8n"), "cpu", open_twice)
+    yolo.load(card("yolov8n"), Params(imgsz=SIZE), models("yolov8n"), Site("cpu", open_twice))
     assert {p.dtype for p in kept[0].build().parameters()} == {torch.float32}
 
 
@@ -418,9 +418,8 @@ def test_half_precision_keeps_the_boxes(models: Callable[[str], Path], assets: P
     """Decoding in float32: bf16 boxes stay near, although bf16 itself steps by 2 px above 256."""
     image = pictures(assets)["odd"]
     exact = with_candidates(loaded(models("yolov8n")), image, 100)
-    half = yolo.load(
-        card("yolov8n"), exact._params, models("yolov8n"), "cpu", lambda n: torch_runtime.open(n, "cpu", "bf16")
-    )
+    site = Site("cpu", lambda n: torch_runtime.open(n, "cpu", "bf16"))
+    half = yolo.load(card("yolov8n"), exact._params, models("yolov8n"), site)
     ours, other = alone(exact, image), alone(half, image)
     best = [np.abs(other.boxes_xyxy - box).max(1).min() for box in ours.boxes_xyxy[:10]]
     assert np.median(best) < 3
@@ -437,7 +436,7 @@ def test_a_checkpoint_that_runs_code_is_refused(models: Callable[[str], Path], t
     torch.save({**whole, "train_args": {"deep": [Evil()]}}, tmp_path / "evil.pt")
     assert yolo.describe(tmp_path / "evil.pt")[:5] == LABELS
     with pytest.raises(BadInput, match=r"wants to run posix\.mkdir"):
-        yolo.load(card("yolov8n"), Params(), tmp_path / "evil.pt", "cpu", opened)
+        yolo.load(card("yolov8n"), Params(), tmp_path / "evil.pt", Site("cpu", opened))
     assert not (tmp_path / "made").exists()
 
 
