@@ -2,8 +2,8 @@
 
     python -P tests/soak.py --minutes 20 --seed 1        (or: make soak MINUTES=20)
 
-Prints faults injected, items, lost, doubled, mismatched, rescue times, and how memory and descriptors of the long-lived
-processes grew. Exit code 1 when anything is lost, doubled or mismatched, or a job does not end.
+Prints faults injected, items, lost, doubled, mismatched, rescue times, work done in vain, and how memory and descriptors
+of the long-lived processes grew. Exit code 1 when anything is lost, doubled or mismatched, or a job does not end.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from tests.services import SCRIPTS, Postgres, SeaweedFS, Valkey
 LEASE_S = 4.0
 DATASETS, PICTURES = 4, 320
 WORKERS = 2
+SHARD_SIZE = 16
 ENDING_S = 240  # for the last jobs to end once the faults have stopped
 
 
@@ -121,7 +122,17 @@ class Soak:
                     "--param",
                     f"delay_ms={60 + 40 * i}",
                 ),
-                *("--shard-size", "16", "--device", "cpu", "--force", "--detach", "--max-failures", "1", "--json"),
+                *(
+                    "--shard-size",
+                    str(SHARD_SIZE),
+                    "--device",
+                    "cpu",
+                    "--force",
+                    "--detach",
+                    "--max-failures",
+                    "1",
+                    "--json",
+                ),
             )
             self.submitted += done.returncode == 0
 
@@ -383,6 +394,10 @@ def _figures(soak: Soak, database: str) -> dict[str, Any]:
     sql = """SELECT e.at - w.heartbeat_at AS s FROM event e JOIN worker w ON w.id = e.worker_id
              WHERE e.action = 'expire' ORDER BY 1"""
     waits = [float(row.s) for row in invariants.rows(database, sql)]
+    # What workers said that they had computed, less what was committed: the work of attempts that were lost, cancelled,
+    # or cut off between two heartbeats.
+    computed = int(invariants.rows(database, "SELECT sum(done_items) FROM worker")[0][0] or 0)
+    committed = int(invariants.rows(database, "SELECT sum(results + failures) FROM shard")[0][0] or 0)
     # The first quarter is warming up: libraries are imported when they are first needed.
     settled = soak.memory[len(soak.memory) // 4 :]
     quarter = max(1, len(settled) // 4)
@@ -394,10 +409,20 @@ def _figures(soak: Soak, database: str) -> dict[str, Any]:
         "lease_s": LEASE_S,
         "rescue_median_s": round(statistics.median(waits), 1) if waits else None,
         "rescue_max_s": round(waits[-1], 1) if waits else None,
+        "attempts_lost": len(waits),
+        "wasted_items": computed - committed,
+        "wasted_items_an_attempt": round((computed - committed) / len(waits), 1) if waits else None,
+        "shard_size": SHARD_SIZE,
         "reconciler_lived_s": round(settled[-1][0] - settled[0][0]),
         "reconciler_mb": [round(mean(first, 1) / 1e6, 1), round(mean(last, 1) / 1e6, 1)],
         "reconciler_descriptors": [round(mean(first, 2), 1), round(mean(last, 2), 1)],
     }
+
+
+def problems(report: dict[str, Any]) -> dict[str, Any]:
+    """What of a report must be zero and is not."""
+    must_be_zero = ("lost", "doubled", "mismatched", "ended_incomplete", "open_jobs", "errors")
+    return {name: report[name] for name in must_be_zero if report[name]}
 
 
 def main() -> int:
@@ -410,8 +435,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="imagemill-soak-") as folder:
         report = run(arguments.minutes, arguments.seed, arguments.every, Path(folder))
     print(json.dumps({"seed": arguments.seed, "minutes": arguments.minutes, **report}, indent=2))
-    bad = ("lost", "doubled", "mismatched", "ended_incomplete", "open_jobs", "errors")
-    return 1 if any(report[name] for name in bad) else 0
+    return 1 if problems(report) else 0
 
 
 if __name__ == "__main__":
