@@ -159,6 +159,127 @@ def annotate(source: str, **options: Any) -> int:
     return _submit_and_wait("detections", source, params, options)
 
 
+# ------------------------------------------------------------------------------------------------ the other kinds
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--boxes-from", metavar="JOB", help="Mask the boxes that this job found in SOURCE, while it still runs.")
+@click.option("--label", default="", help="Of those boxes only the ones with this label.")
+@click.option("--min-score", type=float, default=0.0, help="Of those boxes only the ones that score so high.")
+@click.option("--prompts", metavar="FILE", help="Boxes and points for each image: csv, jsonl or parquet with a key.")
+@click.option("--conf", type=float, help="Keep objects that score higher than this (0..1).")
+@click.option("--imgsz", type=int, help="Longer side of the network's input, in pixels.")
+@click.option("--classes", help="Only these labels, with commas between.")
+@_job_options
+def mask(source: str, boxes_from: str | None, label: str, min_score: float, prompts: str | None, **options: Any) -> int:
+    """Mask objects in every image of SOURCE: by prompts, by an earlier job's boxes, or everything there is."""
+    from workers import submit
+
+    if boxes_from and prompts:
+        raise click.UsageError("--boxes-from and --prompts exclude each other: give one of them")
+    if (label or min_score) and not boxes_from:
+        raise click.UsageError("--label and --min-score choose among the boxes of --boxes-from, which is missing")
+    home = _home()
+    if boxes_from:
+        source = submit.results_of(home.db, boxes_from, source, "boxes", label, min_score)
+    elif prompts:
+        source = submit.prompted(source, prompts)
+    return _submit_and_wait("masks", source, _params(options, "conf", "imgsz", "classes"), options)
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--crops-from", metavar="JOB", help="Embed each box that this job found in SOURCE, while it still runs.")
+@click.option("--label", default="", help="Of those boxes only the ones with this label.")
+@click.option("--min-score", type=float, default=0.0, help="Of those boxes only the ones that score so high.")
+@click.option("--pool", help="How a vector is made of the network's tokens: cls or mean.")
+@click.option("--l2/--no-l2", default=None, help="Scale every vector to length 1.")
+@click.option("--dtype", help="float32 or float16.")
+@click.option("--imgsz", type=int, help="Side of the network's input, in pixels.")
+@_job_options
+def embed(source: str, crops_from: str | None, label: str, min_score: float, **options: Any) -> int:
+    """Make a vector of every image of SOURCE, or of every box an earlier job found in it."""
+    from workers import submit
+
+    if (label or min_score) and not crops_from:
+        raise click.UsageError("--label and --min-score choose among the boxes of --crops-from, which is missing")
+    if crops_from:
+        source = submit.results_of(_home().db, crops_from, source, "crops", label, min_score)
+    return _submit_and_wait("embedding", source, _params(options, "pool", "l2", "dtype", "imgsz"), options)
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--topk", type=int, help="Labels of each image, the best ones.")
+@click.option("--conf", type=float, help="Only labels that score higher than this (0..1).")
+@click.option("--imgsz", type=int, help="Side of the network's input, in pixels.")
+@_job_options
+def classify(source: str, **options: Any) -> int:
+    """Say what every image of SOURCE shows, by a classifier. By labelled examples: imagemill knn."""
+    return _submit_and_wait("labels", source, _params(options, "topk", "conf", "imgsz"), options)
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--prompt", help="Draw this over every image of SOURCE, which is then a dataset of images.")
+@click.option("-n", "images", type=int, default=1, show_default=True, help="Images for each prompt.")
+@click.option("--negative-prompt", help="What should not be drawn.")
+@click.option("--steps", type=int, help="Steps of denoising.")
+@click.option("--guidance", type=float, help="How closely the prompt is followed.")
+@click.option("--width", type=int, help="In pixels.")
+@click.option("--height", type=int, help="In pixels.")
+@click.option("--scheduler", help="Such as DPMSolverMultistep, DDIM or EulerDiscrete.")
+@click.option("--seed", type=int, help="Of the job; each image's own follows from it and from its key.")
+@click.option("--strength", type=float, help="How much of a reference image is drawn anew (0..1).")
+@_job_options
+def generate(source: str, prompt: str | None, images: int, **options: Any) -> int:
+    """Draw images. SOURCE is a file of prompts (txt, csv, jsonl, parquet), or with --prompt a dataset of images."""
+    from workers import submit
+
+    names = ("negative_prompt", "steps", "guidance", "width", "height", "scheduler", "seed", "strength")
+    params = _params(options, *names)
+    if prompt is None:
+        return _submit_and_wait("image", submit.prompts(source, images), params, options)
+    return _submit_and_wait("image", submit.variants(source, images), {**params, "prompt": prompt}, options)
+
+
+@cli.command()
+@click.argument("source")
+@click.option("-n", "variants", type=int, default=1, show_default=True, help="Variants of each image.")
+@click.option("--boxes-from", metavar="JOB", help="The boxes that this job found in SOURCE follow the geometry.")
+@click.option("--seed", type=int, help="Of the job; each variant's own follows from it and from its key.")
+@_job_options
+def transform(source: str, variants: int, boxes_from: str | None, **options: Any) -> int:
+    """Make new images of every image of SOURCE: resize, crop, filter, augment. --model names what is done."""
+    from workers import submit
+
+    if boxes_from:
+        source = submit.results_of(_home().db, boxes_from, source, "boxes", "", 0.0)
+    return _submit_and_wait("image", submit.variants(source, variants), _params(options, "seed"), options)
+
+
+@cli.command()
+@click.argument("pipeline", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@_json_option
+def run(pipeline: Path, quiet: bool, as_json: bool) -> int:
+    """Run a chain of jobs from a YAML file: boxes, then masks of them, then vectors of the crops, ..."""
+    from workers import pipeline as chain
+
+    home = _home()
+    steps = chain.read(pipeline)
+    with _Show(quiet=quiet or as_json) as show:
+        specs = chain.resolve(home.db, home.store, home.settings, steps, show.download)
+        statuses = chain.run(home.db, home.store, home.settings, steps, specs, show)
+    if as_json:
+        _print_json([_status_json(status) for status in statuses])
+    for step, status in zip([] if as_json else steps, statuses, strict=False):
+        counts = f"{status.results} results + {status.failures} failures of {status.planned}, {status.fresh} fresh"
+        click.echo(f"{step.name}: job {status.id} {status.state}: {counts}")
+    return 0 if all(status.state in ("done", "done with failures") for status in statuses) else 1
+
+
 def _named_values(pairs: tuple[str, ...]) -> dict[str, Any]:
     values = {}
     for pair in pairs:

@@ -99,9 +99,9 @@ def _hashes(keys: Sequence[str]) -> npt.NDArray[np.bytes_]:
     return np.frombuffer(digest, dtype="S16")
 
 
-def look(spec_dataset: str, settings: Settings) -> ImageRef | None:
-    """The first image of a dataset, or None when it is empty: asked before a job is made of it."""
-    return next((ref for ref in sources.refs(spec_dataset, settings) if ref is not None), None)
+def is_empty(dataset: str, settings: Settings) -> bool:
+    """Whether a dataset has no items and will get none: asked before a job is made of it."""
+    return not any(True for _ in itertools.islice(sources.refs(dataset, settings), 1))
 
 
 def plan(
@@ -113,12 +113,14 @@ def plan(
     prune_all: bool = False,
     on_progress: Progress = lambda report: None,
     on_shards: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Report | None:
     """Plan a job to its end; None when another process is planning it or has planned it.
 
     Args:
         prune_all: also mark deleted items when they are more than a fifth of the recipe.
         on_shards: called after shards have become claimable.
+        on_wait: called now and then while a dataset that still grows has no more items.
 
     Raises:
         BadInput, Unavailable: the dataset cannot be listed to its end. The job stays, half planned; nothing is pruned.
@@ -130,7 +132,7 @@ def plan(
     report = Report()
     try:
         with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
-            planning = _Planning(db, store, settings, job, planner, report, pool, on_shards)
+            planning = _Planning(db, store, settings, job, planner, report, pool, on_shards, on_wait)
             seen = planning.run(on_progress)
         report.pruned = 0 if job.only else _prune(db, job, planner, seen, report, prune_all)
         lifecycle.end_planning(db, job.id, planner, pruned=report.pruned)
@@ -154,6 +156,7 @@ class _Planning:
     report: Report
     pool: ThreadPoolExecutor
     on_shards: Callable[[], None]
+    on_wait: Callable[[], None]
     waiting: list[tuple[ImageRef, bool]] = field(default_factory=list)  # (reference, whether it replaces a row)
     number: int = 0
 
@@ -171,6 +174,8 @@ class _Planning:
             self._emit(fresh, duplicates, last=False)
             self.report.listed += len(chunk)
             on_progress(self.report)
+            if not chunk:
+                self.on_wait()
         self._emit(0, 0, last=True)
         return seen
 
@@ -284,11 +289,11 @@ def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def check_not_empty(db: Database, spec_dataset: str, recipe_items: bool, first: ImageRef | None) -> None:
+def check_not_empty(dataset: str, recipe_items: bool, settings: Settings) -> None:
     """Raise BadInput for a dataset without images, before anything is made of it."""
-    if first is not None:
+    if not is_empty(dataset, settings):
         return
     if recipe_items:
-        raise BadInput(f"dataset {spec_dataset!r} is empty now; nothing was pruned, its results are kept")
+        raise BadInput(f"dataset {dataset!r} is empty now; nothing was pruned, its results are kept")
     suffixes = ", ".join(sorted(sources.IMAGE_SUFFIXES))
-    raise BadInput(f"dataset {spec_dataset!r} has no images: expected files ending in {suffixes}")
+    raise BadInput(f"dataset {dataset!r} has no images: expected files ending in {suffixes}")

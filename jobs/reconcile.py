@@ -19,6 +19,7 @@ from storage.tables import job, shard, worker
 log = logging.getLogger("imagemill.reconcile")
 
 JUDGED_AFTER = 100  # items, before a job's failure ratio means anything
+PLANNING_AT_ONCE = 4
 ADOPT_AGAIN_S = 60.0  # before the same job is tried again, so that one which cannot be listed here holds up no other
 BAD_SHARDS = 3  # in a row of one worker
 TICKETS_A_WORKER = 2  # lying in the broker for each live worker; lost ones are made good in the next round
@@ -31,7 +32,7 @@ class Reconciler:
         self.db, self.settings = db, settings
         self._able_since = -float("inf")  # since when workers could beat, as far as this loop can tell
         self._round_ended: float | None = None
-        self._planning: threading.Thread | None = None
+        self._planning: dict[int, threading.Thread] = {}  # job -> who goes on with its planning
         self._adopted: dict[int, float] = {}  # job -> when this copy last went on with its planning
 
     def run(self, stop: threading.Event) -> None:
@@ -113,16 +114,20 @@ class Reconciler:
                 pause_if_failing(self.db, row.id, row.max_failures)
 
     def adopt(self) -> None:
-        """Go on with planning that a process has left half done, one job at a time, in a thread of its own."""
-        if self._planning is not None and self._planning.is_alive():
-            return
+        """Go on with planning that a process has left half done, each job in a thread of its own.
+
+        Few at a time, since a listing takes memory; but not one alone, since a job over the results of another waits
+        until that one has ended.
+        """
+        self._planning = {job_id: thread for job_id, thread in self._planning.items() if thread.is_alive()}
         for job_id in lifecycle.abandoned_planning(self.db):
+            if len(self._planning) >= PLANNING_AT_ONCE:
+                return
             if time.monotonic() - self._adopted.get(job_id, -float("inf")) < ADOPT_AGAIN_S:
                 continue
             self._adopted[job_id] = time.monotonic()
-            self._planning = threading.Thread(target=self._plan, args=(job_id,), name="plan", daemon=True)
-            self._planning.start()
-            return
+            self._planning[job_id] = threading.Thread(target=self._plan, args=(job_id,), name="plan", daemon=True)
+            self._planning[job_id].start()
 
     def _plan(self, job_id: int) -> None:
         try:

@@ -18,7 +18,7 @@ from storage.errors import Misconfigured, Unavailable
 from storage.objects import Store
 from storage.settings import Settings
 
-_POLL_S = 0.2
+POLL_S = 0.2
 _HINT_AFTER_S = 10  # without any live worker
 
 
@@ -64,9 +64,26 @@ def run(db: Database, store: Store, settings: Settings, spec: JobSpec, how: How,
         from jobs import queue
 
         queue.check(settings)  # now, rather than to wait in silence for workers that cannot hear
+    check_not_empty(db, settings, spec)
+    job = submit(db, spec, how, watcher)
+    with own_workers(settings, how, watcher) as tend:
+        report = _plan(db, store, settings, job, how, watcher, tend)
+        notes = report.notes if report else []
+        for note in notes:
+            watcher.say(f"note: {note}")
+        if not how.wait:
+            return Ran(progress.status(db, job.id), notes)
+        return Ran(wait(db, job.id, watcher, tend), notes)
+
+
+def check_not_empty(db: Database, settings: Settings, spec: JobSpec) -> None:
+    """Raise BadInput for a dataset without images."""
     known = lifecycle.recipe_id(db, spec)
-    has_items = known is not None and index.has_items(db, known)
-    plan.check_not_empty(db, spec.dataset, has_items, plan.look(spec.dataset, settings))
+    plan.check_not_empty(spec.dataset, known is not None and index.has_items(db, known), settings)
+
+
+def submit(db: Database, spec: JobSpec, how: How, watcher: Watcher) -> Job:
+    """A new job for the spec, or the unfinished one of its recipe."""
     job, new = lifecycle.submit(
         db,
         spec,
@@ -77,14 +94,7 @@ def run(db: Database, store: Store, settings: Settings, spec: JobSpec, how: How,
         max_failures=how.max_failures,
     )
     watcher.say(f"job {job.id}: {spec.model} over {spec.dataset}" + ("" if new else " (continued)"))
-    with _own_workers(settings, how, watcher) as tend:
-        report = _plan(db, store, settings, job, how, watcher, tend)
-        notes = report.notes if report else []
-        for note in notes:
-            watcher.say(f"note: {note}")
-        if not how.wait:
-            return Ran(progress.status(db, job.id), notes)
-        return Ran(wait(db, job.id, watcher, tend), notes)
+    return job
 
 
 def wait(db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] = lambda: None) -> Status:
@@ -108,11 +118,11 @@ def wait(db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] =
                 if not progress.workers(db):
                     watcher.say(f"no live worker serves queue {status.spec['queue']}; start one with: imagemill worker")
         tend()
-        time.sleep(_POLL_S)
+        time.sleep(POLL_S)
 
 
 @contextlib.contextmanager
-def _own_workers(settings: Settings, how: How, watcher: Watcher) -> Iterator[Callable[[], None]]:
+def own_workers(settings: Settings, how: How, watcher: Watcher) -> Iterator[Callable[[], None]]:
     """Yields what keeps this machine's own workers running; with a broker URL the workers are elsewhere."""
     if not settings.embedded or not how.wait:
         yield lambda: None
@@ -131,6 +141,15 @@ def _own_workers(settings: Settings, how: How, watcher: Watcher) -> Iterator[Cal
             raise
 
 
+def ring(db: Database, settings: Settings, tend: Callable[[], None]) -> None:
+    """Tell the workers that there is work, after starting those of this machine."""
+    tend()
+    from jobs import reconcile  # Celery comes with it, which a run that finds everything fresh does not need
+
+    with contextlib.suppress(Unavailable):  # the reconciler rings again
+        reconcile.refill(db, settings)
+
+
 def _plan(
     db: Database,
     store: Store,
@@ -141,13 +160,8 @@ def _plan(
     tend: Callable[[], None],
 ) -> plan.Report | None:
     def on_shards() -> None:
-        tend()
-        if settings.embedded and not how.wait:
-            return
-        from jobs import reconcile  # Celery comes with it, which a run that finds everything fresh does not need
+        if how.wait or not settings.embedded:
+            ring(db, settings, tend)
 
-        with contextlib.suppress(Unavailable):  # the reconciler rings again
-            reconcile.refill(db, settings)
-
-    options: dict[str, Any] = {"prune_all": how.prune_all, "on_progress": watcher.planning, "on_shards": on_shards}
-    return plan.plan(db, store, settings, job, **options)
+    options: dict[str, Any] = {"prune_all": how.prune_all, "on_progress": watcher.planning}
+    return plan.plan(db, store, settings, job, on_shards=on_shards, on_wait=tend, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,40 @@ def resolve(
         batch=batch or _BATCH[queue.split("-")[0]],
         shard_size=shard_size,
         queue=queue,
+    )
+
+
+def results_of(db: Database, job: str, source: str, shown: str, label: str, min_score: float) -> str:
+    """The dataset of what an earlier job found in SOURCE. Raises BadInput when it looked at something else.
+
+    Args:
+        shown: "boxes" or "crops" (jobs/sources/results.py).
+    """
+    found = progress.status(db, progress.find_job(db, job))
+    if sources.canonical(source) != found.dataset:
+        raise BadInput(f"job {found.id} looked at {found.dataset!r}, not at {source!r}; give that dataset")
+    labels = found.spec["labels"]
+    if label and labels and label not in labels:
+        raise BadInput(f"job {found.id} knows no label {label!r}{models.nearest(label, labels)}")
+    given = {"as": shown, "label": label, "min_score": f"{min_score:g}" if min_score else ""}
+    query = urllib.parse.urlencode({name: value for name, value in given.items() if value})
+    return sources.canonical(f"results:{found.id}?{query}")
+
+
+def prompted(source: str, file: str) -> str:
+    """The dataset of those images of SOURCE that a file has prompts for."""
+    return f"prompted:?{urllib.parse.urlencode({'of': sources.canonical(source), 'from': file})}"
+
+
+def prompts(file: str, images: int) -> str:
+    """The dataset of so many images for each prompt of a file."""
+    return f"prompts:{file}?n={images}"
+
+
+def variants(source: str, count: int) -> str:
+    """The dataset of so many variants of each item of SOURCE."""
+    return (
+        source if count == 1 else f"variants:?{urllib.parse.urlencode({'of': sources.canonical(source), 'n': count})}"
     )
 
 

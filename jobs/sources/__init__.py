@@ -77,13 +77,16 @@ def names() -> list[str]:
 
 def find(uri: str) -> ModuleType:
     """The scheme's module for a dataset URI. Raises BadInput, saying what a dataset may be."""
+    scheme, _, rest = uri.partition(":")
+    if scheme in names() and not rest.startswith("//"):
+        return importlib.import_module(f"{__name__}.{scheme}")  # it holds another dataset's name, which others may know
     for name in names():
         module = importlib.import_module(f"{__name__}.{name}")
         if module.claims(uri):
             return module
     raise BadInput(
-        f"cannot tell what dataset {uri!r} is: expected an existing folder, an s3://bucket/prefix, or a manifest "
-        "(.parquet, .csv, .jsonl or .txt); check the spelling"
+        f"cannot tell what dataset {uri!r} is: expected an existing folder, an s3://bucket/prefix, a manifest "
+        "(.parquet, .csv, .jsonl or .txt), a .tar, a video, or results:JOB; check the spelling"
     )
 
 

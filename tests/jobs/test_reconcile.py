@@ -325,8 +325,9 @@ def test_planning_that_cannot_be_done_here_holds_up_no_other(
 
 
 def _wait(loop: Reconciler) -> None:
-    assert loop._planning is not None
-    loop._planning.join(30)
+    assert loop._planning
+    for thread in loop._planning.values():
+        thread.join(30)
 
 
 # --- the loop itself ------------------------------------------------------------------------------------------------
