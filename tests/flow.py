@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from storage.settings import Settings
-from tests.invariants import check, rows
+from tests.invariants import Keys, check, rows
 
 
 def run(stack: Mapping[str, str], *arguments: str, code: int | None = 0, timeout_s: float = 120) -> Any:
@@ -90,7 +90,7 @@ def store_url(stack: Mapping[str, str]) -> str:
     return stack.get("IMAGEMILL_STORE_URL") or (Path(stack["IMAGEMILL_HOME"]) / "store").as_uri()
 
 
-def check_all(stack: Mapping[str, str], keys: list[str], *, ended: bool = True) -> None:
+def check_all(stack: Mapping[str, str], keys: Keys, *, ended: bool = True) -> None:
     """Every invariant over the stack's index and store."""
     settings = Settings(s3_endpoint_url=stack.get("IMAGEMILL_S3_ENDPOINT_URL", ""))
     check(database_url(stack), store_url(stack), settings, keys=keys, ended=ended)
