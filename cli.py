@@ -334,7 +334,8 @@ def _conclude(home: Home, status: Status, options: dict[str, Any], notes: list[s
     labels = index.label_counts(home.db, status.recipe_id)
     sheet = _contact_sheet(home, status)
     if options["out"]:
-        _export(home, status.id, "coco", options["out"], {}, _Show(quiet=True))
+        format_name = "coco" if status.kind in ("detections", "masks") else "parquet"
+        _export(home, status.id, format_name, options["out"], {}, _Show(quiet=True))
     if options["as_json"]:
         extra = {
             "labels": [{"label": label, "images": images, "objects": objects} for label, images, objects in labels],
@@ -494,6 +495,56 @@ def _check_label(label: str | None, known: list[str]) -> None:
 
     if label is not None and known and label not in known:
         raise BadInput(f"the model has no label {label!r}{nearest(label, known)}; it has: {', '.join(known[:12])}")
+
+
+@cli.command()
+@click.argument("key")
+@click.argument("job", default="latest")
+@click.option("-k", "count", type=int, default=10, show_default=True, help="So many.")
+@_json_option
+def similar(key: str, job: str, count: int, as_json: bool) -> None:
+    """The images most like the image KEY, by the vectors of an embed JOB."""
+    from jobs import progress
+    from storage import vectors
+
+    home = _home()
+    recipe_id = progress.status(home.db, progress.find_job(home.db, job)).recipe_id
+    vector = _vector(home, recipe_id, key)
+    (found,) = vectors.nearest(home.db, home.store, recipe_id, vector, count)
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in found])
+        return
+    for row in found:
+        click.echo(f"{row.score:.4f}  {row.key}")
+
+
+def _vector(home: Home, recipe_id: int, key: str) -> Any:
+    from storage import vectors
+    from storage.errors import NotFound
+
+    for keys, rows in vectors.matrix(home.db, home.store, recipe_id):
+        if key in keys:
+            return rows[keys.index(key)]
+    raise NotFound(f"no embedded image has the key {key!r}; list them with: imagemill results")
+
+
+@cli.command()
+@click.argument("job")
+@click.option("--examples", required=True, metavar="FILE", help="csv, jsonl or parquet with the columns key and label.")
+@click.option("-k", "count", type=int, default=20, show_default=True, help="Examples that vote on each image.")
+@_json_option
+def knn(job: str, examples: str, count: int, as_json: bool) -> None:
+    """Label every image of an embed JOB by the labelled examples most like it (JSON lines with --json)."""
+    from jobs import progress, tabular
+    from storage import vectors
+
+    home = _home()
+    recipe_id = progress.status(home.db, progress.find_job(home.db, job)).recipe_id
+    given = tabular.pairs(examples, home.settings, "list of examples", "key", "label")
+    for key, label, score in vectors.knn_labels(home.db, home.store, recipe_id, given, min(count, len(given))):
+        click.echo(
+            json.dumps({"key": key, "label": label, "score": score}) if as_json else f"{key}  {label}  {score:.2f}"
+        )
 
 
 @cli.command()
@@ -811,19 +862,63 @@ def workers(everyone: bool, as_json: bool) -> None:
         )
 
 
-@cli.command()
+@cli.group(invoke_without_command=True)
 @_json_option
-def models(as_json: bool) -> None:
-    """List the models known by name. A weights file of the same families works too."""
-    from workers.models import cards
-
-    rows = cards()
-    if as_json:
-        _print_json([{**dataclasses.asdict(row), "params": _defaults(row.params)} for row in rows])
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> None:
+    """List the models known by name, and what each needs. A weights file of the same families works too."""
+    if context.invoked_subcommand:
         return
-    click.echo(f"{'name':<12} {'family':<8} {'kind':<12} {'memory':>7}  licence")
+    from workers import models as known
+
+    lacking = {name: known.missing(name) for name in known.families()}
+    rows = known.cards()
+    if as_json:
+        _print_json([_card_json(row, lacking[row.family]) for row in rows])
+        return
+    click.echo(f"{'name':<34} {'kind':<11} {'family':<24} {'memory':>7}  {'licence':<24} installed")
     for row in rows:
-        click.echo(f"{row.name:<12} {row.family:<8} {row.kind:<12} {row.memory_gb:>4.1f} GB  {row.licence}")
+        need = "yes" if not lacking[row.family] else f"no: pip install 'imagemill[{known.extra(row.family)}]'"
+        memory = f"{row.memory_gb:.1f} GB"
+        click.echo(f"{row.name:<34} {row.kind:<11} {row.family:<24} {memory:>7}  {row.licence:<24} {need}")
+
+
+def _card_json(card: Any, lacking: list[str]) -> dict[str, Any]:
+    return {**dataclasses.asdict(card), "params": _defaults(card.params), "lacking": lacking}
+
+
+@models.command("check")
+@click.argument("model")
+@click.option("--kind", help="detections, masks, embedding, labels or image; needed where a model yields several.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16.")
+@click.option("--param", "extra", multiple=True, metavar="NAME=VALUE", help="A parameter of the model.")
+@_json_option
+def check_model(
+    model: str, kind: str | None, device: str, precision: str, extra: tuple[str, ...], as_json: bool
+) -> None:
+    """Load a model, run one picture, print shapes and times."""
+    from storage.settings import load
+    from workers import check
+    from workers import models as known
+
+    with _Show(quiet=as_json) as show:
+        found = check.check(
+            load(),
+            model,
+            kind or known.kind_of(model),
+            _named_values(extra),
+            device=device,
+            precision=precision,
+            on_download=show.download,
+        )
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+        return
+    click.echo(f"{found.name} ({found.family}, {found.kind}) on {found.device} in {found.precision}")
+    click.echo(f"  loaded in {found.load_s:.2f} s; one picture took {found.first_s:.3f} s, then {found.again_s:.3f} s")
+    for name, value in found.result.items():
+        click.echo(f"  {name:<12} {value}")
 
 
 def _defaults(params: type) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Takes away what nobody needs: objects of attempts that never committed, broken-off uploads, rows of pruned images.
 
-Never an object that a row refers to, never one young enough to belong to an attempt that still runs, never one of a job
-that this database does not know (two databases may share a bucket).
+Never an object that a row refers to or a blob beside it, never one young enough to belong to an attempt that still
+runs, never one of a job that this database does not know (two databases may share a bucket).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from jobs import states
+from storage import shardfile
 from storage.database import Database, Tx, db_now
 from storage.errors import StoreFull
 from storage.objects import Stat, Store
@@ -64,16 +65,20 @@ def _collect_objects(db: Database, store: Store, job_id: int, before: float, rep
     old = [stat for stat in store.list(f"jobs/{job_id}/") if stat.modified < before]
     if not old:
         return
-    kept, busy = _referred(db, job_id)
-    orphans = [stat for stat in old if stat.key not in kept and not _may_run(stat, busy)]
+    kept, folders, busy = _referred(db, job_id)
+    orphans = [
+        stat
+        for stat in old
+        if stat.key not in kept and shardfile.folder_of(stat.key) not in folders and not _may_run(stat, busy)
+    ]
     report.objects += len(orphans)
     report.bytes += sum(stat.size for stat in orphans)
     if orphans and not dry_run:
         store.delete(stat.key for stat in orphans)
 
 
-def _referred(db: Database, job_id: int) -> tuple[set[str], set[str]]:
-    """(keys that rows refer to, prefixes of attempts that hold a lease now)."""
+def _referred(db: Database, job_id: int) -> tuple[set[str], set[str], set[str]]:
+    """(manifests, folders of objects and blobs that rows refer to, prefixes of attempts that hold a lease now)."""
     columns = (
         shard.c.number,
         shard.c.fence,
@@ -83,12 +88,15 @@ def _referred(db: Database, job_id: int) -> tuple[set[str], set[str]]:
         shard.c.checkpoint,
     )
     kept: set[str] = set()
+    folders: set[str] = set()
     busy: set[str] = set()
     for row in db.query(sa.select(*columns).where(shard.c.job_id == job_id)):
-        kept |= {row.manifest_key, row.result_key, (row.checkpoint or {}).get("partial")} - {None}
+        kept.add(row.manifest_key)
+        objects = (row.result_key, (row.checkpoint or {}).get("partial"))
+        folders |= {shardfile.folder_of(key) for key in objects if key is not None}
         if row.state == states.LEASED:
             busy.add(f"jobs/{job_id}/{row.number:07d}/a{row.fence}-")
-    return kept, busy
+    return kept, folders, busy
 
 
 def _may_run(stat: Stat, busy: set[str]) -> bool:

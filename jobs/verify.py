@@ -104,6 +104,9 @@ def _verify_shard(db: Database, store: Store, row: Any, kind: str) -> Iterator[P
         if not _computed_again(db, row):
             yield Problem("object-changed", row.id, str(error))
         return
+    damaged = shardfile.damaged_blobs(store, row.result_key, outcomes)
+    if damaged and not _computed_again(db, row):
+        yield from (Problem(f"object-{state}", row.id, key) for key, state in damaged)
     found = {r.id - row.id * MAX_SHARD_ITEMS: r for r in db.query(sa.select(item).where(_ids(row.id)))}
     missing = [o for o in outcomes if o.position not in found]
     if len(missing) != row.collected:

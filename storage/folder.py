@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from storage.errors import BadInput, Conflict, ImagemillError, Misconfigured, NotFound, StoreFull, Unavailable
 from storage.objects import Stat, check_key, check_limit
@@ -27,6 +28,31 @@ def read_file(path: Path, limit: int | None) -> bytes:
         data = file.read() if limit is None else file.read(limit + 1)  # it may be growing
         check_limit(len(data), limit)
         return data
+
+
+def read_part(path: Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a regular file from `offset` on. Raises Unavailable when it ends before."""
+    with open_regular(path) as file:
+        there = os.fstat(file.fileno()).st_size
+        if offset + size > there:  # before memory is taken for what is not there
+            raise Unavailable(f"{str(path)!r} has {there} bytes, so not {size} from {offset} on: was it cut?")
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise Unavailable(f"{str(path)!r} became shorter while it was read; try again later")
+    return data
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading. Raises BadInput for a pipe or a device, without waiting for its other end."""
+    with (
+        translated(str(path)),
+        open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file,
+    ):
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BadInput(f"refused to read {str(path)!r}: it is not a regular file")
+        yield file
 
 
 class FolderStore:

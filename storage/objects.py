@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 from storage import settings as settings_module
-from storage.errors import BadInput, Misconfigured
+from storage.errors import BadInput, Misconfigured, NotFound
 from storage.settings import Settings
+
+_PART = re.compile(r"part:(\d{1,19})\+(\d{1,19}):((?:file|s3)://.+)", re.DOTALL | re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +79,65 @@ def open_store(url: str, settings: Settings | None = None) -> Store:
 
 
 def read(uri: str, settings: Settings, limit: int | None = None) -> bytes:
-    """The bytes at a file:// or s3:// URI.
+    """The bytes at a file:// or s3:// URI, or a range of them at part:OFFSET+SIZE:URI.
 
     Args:
         limit: refuse more bytes than this with BadInput, before they are read.
+
+    Raises:
+        Unavailable: also when there are fewer bytes than a part names.
     """
+    if uri.startswith("part:"):
+        return _read_part(uri, settings, limit)
     path = local_path(uri)
     if path is not None:
         from storage.folder import read_file
 
         return read_file(path, limit)
+    if uri.startswith("missing:"):
+        raise NotFound(f"the dataset has no image {uri.removeprefix('missing:')!r}, which the list of prompts names")
     if uri.startswith("refused:"):
         raise BadInput(
             f"refused to read {uri.removeprefix('refused:')!r}: it is a link that leads outside the dataset, or not a "
             "regular file; put the folder that the link leads to into IMAGEMILL_LOCAL_ROOTS"
         )
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not uri.startswith("s3://") or not bucket or not key:
-        raise BadInput(f"cannot read {settings_module.masked(uri)!r}: expected file:///path or s3://bucket/key")
+    bucket, key = _on_s3(uri)
     from storage import s3
 
     return s3.store(bucket, "", settings).read(key, limit)
+
+
+def part_of(uri: str, offset: int, size: int) -> str:
+    """The URI of `size` bytes from `offset` on of what lies at a file:// or s3:// URI."""
+    return f"part:{offset}+{size}:{uri}"
+
+
+def _read_part(uri: str, settings: Settings, limit: int | None) -> bytes:
+    found = _PART.fullmatch(uri)
+    if found is None:
+        raise BadInput(
+            f"cannot read {settings_module.masked(uri)!r}: expected part:OFFSET+SIZE: before file:///path or "
+            "s3://bucket/key"
+        )
+    offset, size, whole = int(found[1]), int(found[2]), found[3]
+    check_limit(size, limit)
+    path = local_path(whole)
+    if path is not None:
+        from storage.folder import read_part
+
+        return read_part(path, offset, size)
+    bucket, key = _on_s3(whole)
+    from storage import s3
+
+    return s3.store(bucket, "", settings).read_part(key, offset, size)
+
+
+def _on_s3(uri: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// URI."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket or not key:
+        raise BadInput(f"cannot read {settings_module.masked(uri)!r}: expected file:///path or s3://bucket/key")
+    return bucket, key
 
 
 def check_key(key: str) -> None:

@@ -7,6 +7,7 @@ Reads go through obstore, which on a loopback SeaweedFS moves two to three times
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from storage.errors import Conflict, ImagemillError, Misconfigured, NotFound, StoreFull, Unavailable
 from storage.objects import Stat, check_key, check_limit
@@ -26,6 +27,7 @@ _ATTEMPTS = 5
 _CONNECT_SECONDS = 2
 _NOT_FOR_OBSTORE = re.compile(r"[\x00-\x1f\x7f]|^/|//|/$|(?:^|/)\.{1,2}(?:/|$)")
 _PART_BYTES = 16 * 1024 * 1024
+_BLOCK_BYTES = 1024 * 1024  # of a ranged read
 
 
 @lru_cache(maxsize=64)
@@ -80,6 +82,45 @@ class S3Store:
             found = obstore.get(self._reader(), path)
             check_limit(found.meta["size"], limit)
             return bytes(found.bytes())
+
+    def read_part(self, key: str, offset: int, size: int, etag: str = "") -> bytes:
+        """`size` bytes from `offset` on, at any key that S3 allows.
+
+        Args:
+            etag: the answer must be of this version of the object; empty for any.
+
+        Raises:
+            Unavailable: the object ends before, or is another version by now.
+        """
+        if not size:
+            return b""
+        where = self.url_for(key)
+        try:
+            with translated(where):
+                data = self._part(self._base + key, offset, size, etag)
+        except Conflict:
+            raise Unavailable(f"{where} was overwritten while it was read; try again later") from None
+        if len(data) != size:
+            raise Unavailable(f"{where} gave {len(data)} bytes, not {size} from {offset} on; was it cut?")
+        return data
+
+    def _part(self, path: str, offset: int, size: int, etag: str) -> bytes:
+        import obstore
+
+        if _NOT_FOR_OBSTORE.search(path):
+            wanted = {"Range": f"bytes={offset}-{offset + size - 1}"} | ({"IfMatch": f'"{etag}"'} if etag else {})
+            answer = self.client.get_object(Bucket=self.bucket, Key=path, **wanted)
+            with contextlib.closing(answer["Body"]) as body:
+                return bytes(body.read(size + 1))
+        options: dict[str, Any] = {"range": (offset, offset + size)} | ({"if_match": f'"{etag}"'} if etag else {})
+        return bytes(obstore.get(self._reader(), path, options=options).bytes())
+
+    def open_file(self, there: Stat) -> BinaryIO:
+        """An object, as `stat` found it, as a file that can be sought in; it is read in blocks of 1 MiB.
+
+        When it is overwritten or deleted while it is read, reading raises Unavailable or NotFound.
+        """
+        return io.BufferedReader(_Ranges(self, there), _BLOCK_BYTES)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
         check_key(key)
@@ -186,6 +227,29 @@ class S3Store:
 
     def url_for(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._base}{key}"
+
+
+class _Ranges(io.RawIOBase):
+    """The raw file below `open_file`: each read is a ranged request."""
+
+    def __init__(self, store: S3Store, there: Stat) -> None:
+        self._store, self._there, self._at = store, there, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._there.size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._there.size - self._at))
+        buffer[:size] = self._store.read_part(self._there.key, self._at, size, self._there.etag)
+        self._at += size
+        return size
 
 
 def _boto_client(settings: Settings) -> Any:

@@ -2,6 +2,13 @@
 
 A manifest says what is to be done: key, uri, fingerprint, data, in the order of positions. A result object says what
 came of it: one row an item, a result or a failure, with the provenance of all of them in the object's metadata.
+
+A result that is a file, such as an image that was made, leaves its bytes as a blob beside the object:
+
+    <attempt's prefix>items.parquet
+    <attempt's prefix>blobs/<sha256[:32]>.<format>
+
+A kind of such results defines with_data(result, data) -> result, and its results are `HasBlob`.
 """
 
 from __future__ import annotations
@@ -9,18 +16,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import results
-from storage.errors import ItemFailed, Unavailable
+from storage.errors import ItemFailed, NotFound, Unavailable
 from storage.objects import Store
 
 _METADATA_KEY = b"imagemill"
+_OBJECT = "items.parquet"
+_BLOBS = "blobs/"
+_THREADS = 8  # blobs under way at once
 
 MANIFEST_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("key", "uri", "fingerprint", "data")])
 
@@ -75,6 +86,23 @@ class Outcome:
             raise ValueError(f"item {self.key!r}: expected a result or a failure, exactly one of them")
 
 
+class HasBlob(Protocol):
+    """A result whose bytes lie beside the Parquet object.
+
+    Attributes:
+        data: the bytes, or None when they have not been read.
+        sha256: of the bytes, in hex.
+        blob_name: "blobs/..." relative to the object's folder; follows from the bytes.
+    """
+
+    @property
+    def data(self) -> bytes | None: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def blob_name(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """Where a result object was put, and what its bytes were."""
@@ -101,7 +129,7 @@ def read_manifest(store: Store, key: str) -> list[ManifestRow]:
 
 
 def write(store: Store, prefix: str, kind: str, outcomes: Sequence[Outcome], provenance: Mapping[str, Any]) -> Written:
-    """Put a shard's outcomes as one object under an attempt's own prefix.
+    """Put a shard's outcomes as one object under an attempt's own prefix, and before it the blobs it names.
 
     Args:
         prefix: of this attempt alone, so that no two attempts ever write the same key.
@@ -109,22 +137,94 @@ def write(store: Store, prefix: str, kind: str, outcomes: Sequence[Outcome], pro
     """
     table = to_table(kind, outcomes, provenance)
     data = _to_bytes(table)
-    key = f"{prefix}items.parquet"
+    key = f"{prefix}{_OBJECT}"
+    _put_blobs(store, key, outcomes)
     store.put(key, data)
     return Written(key, hashlib.sha256(data).hexdigest(), len(data))
 
 
-def read(store: Store, key: str, sha256: str | None = None) -> tuple[list[Outcome], dict[str, Any]]:
+def read(
+    store: Store, key: str, sha256: str | None = None, *, blobs: bool = False
+) -> tuple[list[Outcome], dict[str, Any]]:
     """A shard's outcomes and their provenance.
 
+    Args:
+        blobs: read the bytes of results that are files too, all of the shard's into memory.
+
     Raises:
-        NotFound: there is no such object.
+        NotFound: there is no such object, or with `blobs` one of its blobs is missing.
         Unavailable: its bytes are not those that were written (their sha256 differs), or no Parquet.
     """
     data = store.get(key)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise Unavailable(f"object {key!r} is not what was written: its sha256 differs from the index")
-    return from_table(_from_bytes(data, key))
+    outcomes, provenance = from_table(_from_bytes(data, key))
+    fill = _fill(provenance["kind"])
+    return (_filled(store, key, outcomes, fill) if blobs and fill is not None else outcomes), provenance
+
+
+def blob_key(object_key: str, result: HasBlob) -> str:
+    """The key of a result's blob, in the store of its Parquet object."""
+    return folder_of(object_key) + result.blob_name
+
+
+def folder_of(key: str) -> str:
+    """What a Parquet object and its blobs have in common: their folder, with a closing slash."""
+    return f"{key.rpartition('/')[0]}/".removesuffix(_BLOBS)
+
+
+def damaged_blobs(store: Store, key: str, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """(key, "missing" or "changed") of each blob that is not what was written; every one is read.
+
+    Args:
+        key: of the Parquet object that `outcomes` were read from.
+    """
+    found = {blob_key(key, result): result for result in _with_blobs(outcomes)}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        states = pool.map(lambda name: _state(store, name, found[name].sha256), found)
+        return [(name, state) for name, state in zip(found, states, strict=True) if state]
+
+
+def _state(store: Store, key: str, sha256: str) -> str:
+    try:
+        data = store.get(key)
+    except NotFound:
+        return "missing"
+    return "" if hashlib.sha256(data).hexdigest() == sha256 else "changed"
+
+
+def _fill(kind: str) -> Callable[[Any, bytes], Any] | None:
+    """What puts the bytes into a result of the kind, or None for a kind without blobs."""
+    return getattr(results.get(kind), "with_data", None)
+
+
+def _with_blobs(outcomes: Sequence[Outcome]) -> list[HasBlob]:
+    return [o.result for o in outcomes if hasattr(o.result, "blob_name")]  # type: ignore[misc]
+
+
+def _put_blobs(store: Store, key: str, outcomes: Sequence[Outcome]) -> None:
+    """Put the blobs of an object, several at once. They are in memory as part of the results already."""
+    found = {blob_key(key, result): result.data for result in _with_blobs(outcomes)}
+    for name, data in found.items():
+        if data is None:
+            raise ValueError(f"expected the bytes of {name!r}, but the result came without them; read it with blobs")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(lambda name: store.put(name, found[name]), found):  # type: ignore[arg-type]
+            pass
+
+
+def _filled(store: Store, key: str, outcomes: Sequence[Outcome], fill: Callable[[Any, bytes], Any]) -> list[Outcome]:
+    def load(outcome: Outcome) -> Outcome:
+        if outcome.result is None:
+            return outcome
+        name = blob_key(key, outcome.result)
+        data = store.get(name)
+        if hashlib.sha256(data).hexdigest() != outcome.result.sha256:
+            raise Unavailable(f"blob {name!r} is not what was written: its sha256 differs from that in {key!r}")
+        return replace(outcome, result=fill(outcome.result, data))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(load, outcomes))
 
 
 def to_table(kind: str, outcomes: Sequence[Outcome], provenance: Mapping[str, Any]) -> pa.Table:

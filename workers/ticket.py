@@ -172,7 +172,7 @@ class Ticket:
         if not key:
             return
         try:
-            done, _ = shardfile.read(self.stream.store, key, run.claim.checkpoint.get("sha256"))
+            done, _ = shardfile.read(self.stream.store, key, run.claim.checkpoint.get("sha256"), blobs=True)
         except ImagemillError as error:
             log.warning("shard %d starts from its beginning: %s", run.claim.shard_id, error)
             return

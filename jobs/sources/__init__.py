@@ -77,10 +77,8 @@ def names() -> list[str]:
 
 def find(uri: str) -> ModuleType:
     """The scheme's module for a dataset URI. Raises BadInput, saying what a dataset may be."""
-    scheme, _, rest = uri.partition(":")
-    if scheme in names() and not rest.startswith("//"):
-        return importlib.import_module(f"{__name__}.{scheme}")  # it holds another dataset's name, which others may know
-    for name in names():
+    # The scheme that is named comes first, for behind it may stand another dataset's name, which others would claim.
+    for name in sorted(names(), key=lambda name: not uri.startswith(f"{name}:")):
         module = importlib.import_module(f"{__name__}.{name}")
         if module.claims(uri):
             return module

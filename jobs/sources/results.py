@@ -186,10 +186,10 @@ def _items(
 
 
 def _shown(outcome: Outcome, view: View, store: Store, key: str) -> Iterator[ImageRef]:
-    result = outcome.result
+    result: Any = outcome.result
     if view.shown == "images":
-        name = safe_key(f"{outcome.key}.{result.format}")  # type: ignore[union-attr]
-        yield ImageRef(name, store.url_for(shardfile.blob_key(key, result)), f"sha256:{result.sha256}")  # type: ignore[union-attr]
+        name = safe_key(f"{outcome.key}.{result.format}")
+        yield ImageRef(name, store.url_for(shardfile.blob_key(key, result)), f"sha256:{result.sha256}")
         return
     chosen = _chosen(result, view)
     if view.shown == "photos":

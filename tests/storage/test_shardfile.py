@@ -14,7 +14,7 @@ import pytest
 from storage import objects, shardfile
 from storage.errors import BadInput, ItemFailed, NotFound, Unavailable
 from storage.objects import Store
-from storage.results import detections
+from storage.results import detections, image
 from storage.shardfile import Outcome
 from tests.support import outcome, result
 
@@ -157,3 +157,87 @@ def test_failures_are_one_line_that_can_be_stored() -> None:
     assert failure.message.startswith("one two ?xxx")
     assert len(failure.message) == 1000
     assert str(failure) == failure.message
+
+
+def generated(n: int = 20) -> list[Outcome]:
+    """Made images, two of them alike, and a failure between them."""
+    contents = [b"0" if i == 3 else str(i).encode() * (i + 1) for i in range(n)]
+    made = [image.made(data, "webp", 8, 9, {"seed": i, "prompt": "ein Bär"}) for i, data in enumerate(contents)]
+    found = [outcome(i, f"{i}", result=result) for i, result in enumerate(made)]
+    return [*found, outcome(n, "failed", failed=True)]
+
+
+def test_blobs_lie_beside_their_object(store: Store) -> None:
+    written = shardfile.write(store, "jobs/1/2/a1-x/", "image", generated(), {})
+    blobs = {stat.key: stat.size for stat in store.list("jobs/1/2/a1-x/") if stat.key != written.key}
+    assert len(blobs) == 19, "equal bytes are one blob"
+    plain, _ = shardfile.read(store, written.key, written.sha256)
+    full, _ = shardfile.read(store, written.key, written.sha256, blobs=True)
+    assert plain == full[:-1] + plain[-1:], "results without bytes compare equal to those with"
+    assert [o.result.data for o in plain[:-1]] == [None] * 20
+    for wanted, found in zip(generated()[:-1], full[:-1], strict=True):
+        key = shardfile.blob_key(written.key, found.result)
+        assert store.get(key) == found.result.data == wanted.result.data
+        assert (found.result, blobs[key]) == (wanted.result, wanted.result.nbytes)
+    assert shardfile.damaged_blobs(store, written.key, plain) == []
+    store.delete([next(iter(blobs))])
+    with pytest.raises(NotFound):
+        shardfile.read(store, written.key, blobs=True)
+
+
+def test_blobs_are_there_before_the_object(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sees the object sees all of its blobs."""
+    order: list[str] = []
+    put = folder.put
+    monkeypatch.setattr(folder, "put", lambda key, data: (put(key, data), order.append(key)))
+    written = shardfile.write(folder, "p/", "image", generated(), {})
+    assert (order[-1], len(order)) == (written.key, 20)
+
+
+def test_a_blob_that_cannot_be_put_leaves_no_object(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = folder.put
+
+    def failing(key: str, data: bytes) -> None:
+        if data == b"22":
+            raise Unavailable("gone")
+        put(key, data)
+
+    found = generated()
+    found[1] = outcome(1, "1", result=image.made(b"22", "png", 1, 1, {}))
+    monkeypatch.setattr(folder, "put", failing)
+    with pytest.raises(Unavailable, match="gone"):
+        shardfile.write(folder, "p/", "image", found, {})
+    assert folder.stat("p/items.parquet") is None
+
+
+def test_results_without_their_bytes_are_not_written(folder: Store) -> None:
+    written = shardfile.write(folder, "p/", "image", generated(), {})
+    plain, _ = shardfile.read(folder, written.key)
+    with pytest.raises(ValueError, match="read it with blobs"):
+        shardfile.write(folder, "q/", "image", plain, {})
+    assert not list(folder.list("q/"))
+
+
+def test_blobs_that_changed_are_noticed(folder: Store) -> None:
+    written = shardfile.write(folder, "p/", "image", generated(), {})
+    outcomes, _ = shardfile.read(folder, written.key)
+    gone, changed = (shardfile.blob_key(written.key, outcomes[i].result) for i in (4, 5))
+    folder.delete([gone])
+    folder.put(changed, b"other")
+    assert shardfile.damaged_blobs(folder, written.key, outcomes) == [(gone, "missing"), (changed, "changed")]
+    folder.put(gone, folder.get(shardfile.blob_key(written.key, outcomes[6].result)))
+    with pytest.raises(Unavailable, match="is not what was written"):
+        shardfile.read(folder, written.key, blobs=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"format": "gif"}, {"sha256": "ab"}, {"width": 0}, {"nbytes": 0}, {"data": b"four"}],
+)
+def test_an_image_is_described_truly(changes: dict[str, Any]) -> None:
+    values = {"data": b"three", "sha256": "0" * 64, "nbytes": 5, "format": "png", "width": 1, "height": 1, "meta": {}}
+    image.Result(**values)
+    with pytest.raises(ValueError):
+        image.Result(**{**values, **changes})
+    with pytest.raises(ValueError):
+        image.made(b"x", "png", 1, 1, {"score": float("nan")})

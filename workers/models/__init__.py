@@ -194,10 +194,25 @@ def missing(family_name: str) -> list[str]:
     return [name for name in family(family_name).REQUIRES if importlib.util.find_spec(name) is None]
 
 
+def extra(family_name: str) -> str:
+    """The extra of the package that brings what a family needs."""
+    return str(getattr(family(family_name), "EXTRA", "worker"))
+
+
+def kind_of(name: str) -> str:
+    """The one kind that a named model or a weights file yields. Raises BadInput where there are several or none."""
+    path = Path(name).expanduser()
+    found = _named(name) or [c for f in families() if path.exists() and family(f).claims(path) for c in family(f).CARDS]
+    kinds = sorted({card.kind for card in found})
+    if len(kinds) > 1:
+        raise BadInput(f"model {name!r} can yield {' and '.join(kinds)}; say which with --kind")
+    return kinds[0] if kinds else _card_named(name, "").kind
+
+
 def lacking(family_name: str, library: str) -> str:
     """What to tell a user whose machine lacks a library that a family needs."""
-    extra = getattr(family(family_name), "EXTRA", "worker")
-    return f"the model family {family_name} needs {library}; install it with: pip install 'imagemill[{extra}]'"
+    remedy = f"pip install 'imagemill[{extra(family_name)}]'"
+    return f"the model family {family_name} needs {library}; install it with: {remedy}"
 
 
 def resolve(name: str, kind: str, given: Mapping[str, Any], fetch: Callable[[Card], Path]) -> Resolved:

@@ -10,10 +10,7 @@ Defaults and arithmetic follow `predict` of ultralytics 8.4, against which they 
 from __future__ import annotations
 
 import functools
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage import settings
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints
+from workers import checkpoints, ultralytics_checkpoints
 from workers.models import Card, Image, Item, Prepared, Site, nearest
 from workers.runtimes import Network, Session
 
@@ -115,86 +111,17 @@ CARDS: tuple[Card, ...] = tuple(
     for size in sizes
 )
 
-# What the checkpoints of ultralytics hold: those of 8.0 to 8.4, and those saved while training. "__builtin__" is how
-# pickle protocol 2 spells builtins. No function that opens, imports or evaluates anything is among them.
-ALLOWED = frozenset(
-    {
-        "__builtin__.set",
-        "__builtin__.slice",
-        "builtins.set",
-        "builtins.slice",
-        "_codecs.encode",
-        "collections.OrderedDict",
-        "numpy.dtype",
-        "numpy.core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.ndarray",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.WindowsPath",
-        "pathlib._local.PosixPath",
-        "pathlib._local.WindowsPath",
-        "torch.Size",
-        "torch.device",
-        *(f"torch.{n}Storage" for n in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Byte", "Bool")),
-        *(f"torch.{n}" for n in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")),
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-        *(
-            f"torch.nn.modules.{n}.*"
-            for n in ("activation", "batchnorm", "container", "conv", "dropout", "linear", "loss", "normalization")
-        ),
-        *(f"torch.nn.modules.{n}.*" for n in ("padding", "pooling", "upsampling")),
-        *(f"ultralytics.nn.modules.{n}.*" for n in ("activation", "block", "conv", "head", "transformer")),
-        "ultralytics.nn.modules.head.v10Detect",
-        "ultralytics.nn.tasks.DetectionModel",
-        "ultralytics.nn.tasks.YOLOv10DetectionModel",
-        "ultralytics.utils.IterableSimpleNamespace",
-        "ultralytics.yolo.utils.IterableSimpleNamespace",
-        *(f"ultralytics.utils.loss.{n}" for n in ("BboxLoss", "DFLoss", "E2EDetectLoss", "E2ELoss")),
-        *(f"ultralytics.utils.loss.{n}" for n in ("v8DetectionLoss", "v10DetectLoss", "VarifocalLoss", "FocalLoss")),
-        "ultralytics.utils.tal.TaskAlignedAssigner",
-    }
-)
-
-# What a checkpoint's model class is for; the two that this family runs come first.
-_TASKS = {
-    "DetectionModel": "detect",
-    "YOLOv10DetectionModel": "detect",
-    "SegmentationModel": "segment",
-    "PoseModel": "pose",
-    "OBBModel": "obb (rotated boxes)",
-    "ClassificationModel": "classify",
-    "RTDETRDetectionModel": "detect with RT-DETR",
-    "WorldModel": "detect by text (YOLO-World)",
-    "YOLOEModel": "detect by text (YOLOE)",
-    "YOLOESegModel": "segment by text (YOLOE)",
-}
-_MODELS = "ultralytics.nn.tasks."
+ALLOWED = ultralytics_checkpoints.ALLOWED | ultralytics_checkpoints.names_of("DetectionModel", "YOLOv10DetectionModel")
 
 
 def claims(path: Path) -> bool:
-    """Whether the file is a checkpoint that ultralytics wrote, of whatever task."""
-    try:
-        _model_in(path)
-    except BadInput:
-        return False
-    return True
+    """Whether the file is a checkpoint that ultralytics wrote, to detect or for a task that no family runs."""
+    return ultralytics_checkpoints.family_of(path) == "yolo"
 
 
 def describe(path: Path) -> tuple[str, ...]:
     """The labels of a checkpoint in the order of their class ids. Raises BadInput when it is not a YOLO detector."""
-    model = _detector_in(path)
-    names = model.state.get("names") if isinstance(model.state, dict) else None
-    if isinstance(names, list | tuple):
-        names = dict(enumerate(names))
-    if not isinstance(names, dict) or sorted(names) != list(range(len(names))) or not names:
-        raise BadInput(
-            f"{path.name} names no classes; expected model.names with the ids 0, 1, 2, ..., but got {names!r}"
-        )
-    return tuple(str(names[i]) for i in range(len(names)))
+    return ultralytics_checkpoints.labels(path, "yolo", "detect")
 
 
 def check_labels(params: Params, labels: Sequence[str]) -> None:
@@ -203,22 +130,6 @@ def check_labels(params: Params, labels: Sequence[str]) -> None:
         if name not in labels:
             shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
             raise BadInput(f"the model has no class {name!r}{nearest(name, labels)}; it has: {shown}")
-
-
-def _model_in(path: Path) -> checkpoints.StandIn:
-    top = checkpoints.peek(path)
-    model = (top.get("ema") or top.get("model")) if isinstance(top, dict) else None
-    if not isinstance(model, checkpoints.StandIn) or not model.origin.startswith(_MODELS):
-        raise BadInput(f"{path.name} is not a checkpoint of ultralytics: it holds no model of {_MODELS[:-1]}")
-    return model
-
-
-def _detector_in(path: Path) -> checkpoints.StandIn:
-    model = _model_in(path)
-    task = _TASKS.get(model.origin.removeprefix(_MODELS), model.origin)
-    if task != "detect":
-        raise BadInput(f"{path.name} is a model to {task}; the yolo family runs models to detect")
-    return model
 
 
 def load(card: Card, params: Params, weights: Path, site: Site) -> Detector:
@@ -255,7 +166,7 @@ class _Raw:
 
     def __init__(self, weights: Path, nms: bool) -> None:
         checkpoints.check(weights, ALLOWED)
-        model = _loaded(weights)
+        model = ultralytics_checkpoints.load(weights)
         head = model.model[-1]
         if not nms and getattr(head, "one2one_cv2", None) is None:
             raise BadInput(f"{weights.name} has no NMS-free head; leave the parameter nms at true")
@@ -269,46 +180,6 @@ def _raw_forward(head: Any, branch: dict[str, Any], features: list[Any]) -> tupl
     """The head without its decoding: ((batch, 4 * bins, anchors) distances, (batch, classes, anchors) logits)."""
     raw = head.forward_head(features, **branch)
     return raw["boxes"], raw["scores"]
-
-
-def _loaded(weights: Path) -> Any:
-    """The model through ultralytics' own loader, on the CPU in float32."""
-    import torch
-
-    with _ultralytics() as tasks, tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
-        if weights.suffix != ".pt":  # the loader wants this suffix, a cache may name files by their digest
-            link = Path(folder) / "weights.pt"
-            link.symlink_to(weights.resolve())
-            weights = link
-        return tasks.load_checkpoint(weights, device=torch.device("cpu"))[0]
-
-
-@contextmanager
-def _ultralytics() -> Iterator[Any]:
-    """ultralytics.nn.tasks, imported so that it installs, fetches and runs nothing, and takes no threads away.
-
-    Importing ultralytics sets OMP_NUM_THREADS=1 where nothing is set, which leaves torch, and every process started
-    later, with one thread.
-    """
-    import torch
-
-    threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    os.environ.update(ULTRALYTICS_SAFE_LOAD="1", YOLO_AUTOINSTALL="false", YOLO_OFFLINE="true")
-    os.environ.setdefault("YOLO_VERBOSE", "false")
-    if "YOLO_CONFIG_DIR" not in os.environ:
-        folder = settings.load().cache_folder / "ultralytics"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["YOLO_CONFIG_DIR"] = str(folder)
-    try:
-        import ultralytics.nn.tasks as tasks
-
-        tasks.SAFE_LOAD = True  # in case someone imported it before the variable was set
-        yield tasks
-    finally:
-        if before is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import sources
+from jobs import sources, tabular
 from jobs.sources import ImageRef, manifest
 from storage import objects, s3
 from storage.errors import BadInput, Misconfigured, Unavailable
@@ -155,7 +155,7 @@ def test_parquet_text_types(tmp_path: Path, kind: pa.DataType) -> None:
         ("csv", b"uri\n" + b"x" * 200_000 + b"\n", "line 2: not CSV .*field larger"),
         ("txt", b"s3://b/1.jpg\ncaf\xe9.jpg\n", "line 2: not UTF-8"),
         ("txt", "uri\n".encode("utf-16"), "line 1: not UTF-8"),
-        ("txt", b"x" * (manifest.LINE_LIMIT + 1), "line 1: longer than"),
+        ("txt", b"x" * (tabular.LINE_LIMIT + 1), "line 1: longer than"),
         ("txt", b"s3://b\n", "line 1: .*not s3://bucket/key"),
         ("txt", b"s3://key:secret@b/1.jpg\n", "line 1: .*credentials go into AWS_"),
         ("txt", b"s3://b//1.jpg\n", "line 1: unsafe item key.*'key' column"),

@@ -31,8 +31,47 @@ def _detections(n: int) -> Any:
     return detections.Result(boxes, _array("s", n), np.arange(n, dtype=np.int32), labels)
 
 
+def _masks(n: int) -> Any:
+    from storage import rle
+    from storage.results import masks
+
+    found = _detections(n)
+    pixels = np.random.default_rng(n).random((n, 30, 40)) < 0.3
+    rles = tuple(rle.encode(mask) for mask in pixels)
+    areas = pixels.sum((1, 2))
+    return masks.Result(found.boxes_xyxy, found.scores, found.class_ids, found.labels, rles, (30, 40), areas)
+
+
+def _embedding(n: int) -> Any:
+    """A vector of n numbers, in float16 where n is even."""
+    from storage.results import embedding
+
+    return embedding.Result(_array("v", n).astype(np.float32 if n % 2 else np.float16))
+
+
+def _labels(n: int) -> Any:
+    from storage.results import labels
+
+    names = tuple(f"label {i} é日" for i in range(n))
+    return labels.Result(names, np.sort(_array("s", n))[::-1].copy(), np.arange(n, dtype=np.int32))
+
+
+def _image(n: int) -> Any:
+    """An image as it is read with the columns, with n boxes known of it."""
+    from storage.results import image
+
+    meta = {"prompt": "ein Bär 日", "seed": 2**63, "boxes": [[0.5, 1.0, 2.0, 3.0]] * n, "of": {"a": None}}
+    return image.Result(None, f"{n:064x}", 100 + n, image.FORMATS[n % 3], 640, 480 + n, meta)
+
+
 # Makes a result with n objects. A kind that is not named here says how itself, in a function example(n) of its file.
-EXAMPLES: dict[str, Callable[[int], Any]] = {"detections": _detections}
+EXAMPLES: dict[str, Callable[[int], Any]] = {
+    "detections": _detections,
+    "embedding": _embedding,
+    "image": _image,
+    "labels": _labels,
+    "masks": _masks,
+}
 
 
 def example(kind: str, n: int) -> Any:

@@ -1,6 +1,7 @@
 """What every model family must do, whatever it computes; a new file in the folder is picked up by itself.
 
-A new family needs one thing here: an entry in `WEIGHTS` that builds its smallest weights, without network.
+A new family needs one thing here: an entry in `WEIGHTS` that builds its smallest weights, without network. A family
+of several kinds is tested once for each; where one of them needs other weights, "family/kind" names them.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ RUN_ON = "cpu"
 def _yolo(folder: Path) -> Path:
     import torch
 
-    from workers.models import yolo
+    from workers import ultralytics_checkpoints
 
-    with yolo._ultralytics():
+    with ultralytics_checkpoints.library():
         from ultralytics import YOLO
 
         torch.manual_seed(0)
@@ -43,9 +44,73 @@ def _yolo(folder: Path) -> Path:
     return folder / "yolo.pt"
 
 
-# family -> builds tiny weights in a folder; None for a family without weights
-WEIGHTS: dict[str, Callable[[Path], Path] | None] = {"stub": None, "yolo": _yolo}
-SMALL: dict[str, dict[str, Any]] = {"yolo": {"imgsz": 64}}  # parameters that make it quick
+def _rtdetr(folder: Path) -> Path:
+    import torch
+    import yaml
+
+    from workers import ultralytics_checkpoints
+
+    backbone = [[-1, 1, "HGStem", [8, 8]], [-1, 1, "DWConv", [16, 3, 2]], [-1, 1, "DWConv", [32, 3, 2]]]
+    description = {"nc": 3, "backbone": backbone, "head": [[[1, 2], 1, "RTDETRDecoder", ["nc", 16, 8, 2, 2, 1, 32]]]}
+    with ultralytics_checkpoints.library():
+        from ultralytics import RTDETR
+
+        torch.manual_seed(0)
+        (folder / "rtdetr.yaml").write_text(yaml.safe_dump(description))
+        model = RTDETR(str(folder / "rtdetr.yaml"))
+        head = model.model.model[-1]
+        for linear in (head.enc_score_head, *head.dec_score_head):
+            linear.weight.data.normal_(0, 0.5)  # so that random weights find boxes whose scores differ
+        model.save(folder / "rtdetr.pt")
+    return folder / "rtdetr.pt"
+
+
+def _detr(folder: Path) -> Path:
+    import torch
+    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
+
+    torch.manual_seed(0)
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = DetrForObjectDetection(
+        DetrConfig(
+            use_timm_backbone=False, backbone_config=backbone, d_model=32, num_queries=8, num_labels=5, **sizes, **heads
+        )
+    )
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:  # large enough that scores differ by more than rounding
+            weight.data.normal_(0, 1 if "embed" in name else weight[0].numel() ** -0.5)
+    model.save_pretrained(folder / "detr")
+    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 1333}).save_pretrained(folder / "detr")
+    return folder / "detr"
+
+
+def _dinov2(folder: Path) -> Path:
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 56, "patch_size": 14}
+    transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
+    transformers.BitImageProcessor(**size).save_pretrained(folder)
+    return folder
+
+
+# family or "family/kind" -> builds tiny weights in a folder; None for a family without weights
+WEIGHTS: dict[str, Callable[[Path], Path] | None] = {
+    "stub": None,
+    "yolo": _yolo,
+    "detr": _detr,
+    "rtdetr": _rtdetr,
+    "dinov2": _dinov2,
+}
+SMALL: dict[str, dict[str, Any]] = {  # the same -> parameters that make it quick
+    "yolo": {"imgsz": 64},
+    "detr": {"conf": 0.0},
+    "rtdetr": {"imgsz": 64, "conf": 0.1},
+}
 
 
 def _open(network: Any) -> Any:
@@ -54,9 +119,14 @@ def _open(network: Any) -> Any:
     return torch.open(network, RUN_ON, "fp32")
 
 
+def _pairs() -> list[tuple[str, str]]:
+    """Every family with every kind it yields."""
+    return [(name, kind) for name in models.families() for kind in sorted({c.kind for c in models.family(name).CARDS})]
+
+
 @dataclasses.dataclass
 class Subject:
-    """A family with its first card, its weights and its model."""
+    """A family with its first card of a kind, its weights and its model."""
 
     family: Any
     card: Card
@@ -64,15 +134,16 @@ class Subject:
     model: Any
 
 
-@pytest.fixture(scope="module", params=models.families())
+@pytest.fixture(scope="module", params=_pairs(), ids="/".join)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    name = request.param
-    if name not in WEIGHTS:
+    name, kind = request.param
+    pair = f"{name}/{kind}"
+    if name not in WEIGHTS and pair not in WEIGHTS:
         pytest.fail(f"family {name!r} has no entry in WEIGHTS; add one that builds its smallest weights")
-    family, build = models.family(name), WEIGHTS[name]
+    family, build = models.family(name), WEIGHTS[pair] if pair in WEIGHTS else WEIGHTS[name]
     weights = build(tmp_path_factory.mktemp(name)) if build else None
-    card = family.CARDS[0]
-    params = card.params(**SMALL.get(name, {}))
+    card = next(card for card in family.CARDS if card.kind == kind)
+    params = card.params(**(SMALL[pair] if pair in SMALL else SMALL.get(name, {})))
     return Subject(family, card, weights, family.load(card, params, weights, Site(RUN_ON, _open)))
 
 
@@ -111,7 +182,7 @@ def test_cards_are_complete(subject: Subject) -> None:
 
 
 def test_card_names_are_unique() -> None:
-    names = [card.name for card in models.cards()]
+    names = [(card.name, card.kind) for card in models.cards()]
     assert len(names) == len(set(names))
 
 

@@ -18,7 +18,7 @@ import torch
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints
+from workers import checkpoints, ultralytics_checkpoints
 from workers.models import Card, Item, Site, fill, yolo
 from workers.models.yolo import Params
 from workers.runtimes import Network, Session
@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def assets() -> Path:
-    with yolo._ultralytics():
+    with ultralytics_checkpoints.library():
         from ultralytics.utils import ASSETS
 
         return Path(ASSETS)
@@ -66,7 +66,7 @@ def pictures(assets: Path) -> dict[str, np.ndarray]:
 
 def checkpoint(folder: Path, series: str, samples: list[np.ndarray]) -> Path:
     """A nano model with random weights whose scores and boxes spread, so that threshold and NMS have work to do."""
-    with yolo._ultralytics():
+    with ultralytics_checkpoints.library():
         from ultralytics import YOLO
 
         torch.manual_seed(0)
@@ -164,7 +164,7 @@ def _upstream_model(path: Path) -> Any:
 
 
 def upstream(path: Path, image: np.ndarray, **options: Any) -> Any:
-    with yolo._ultralytics():
+    with ultralytics_checkpoints.library():
         return (
             _upstream_model(path)
             .predict(image[:, :, ::-1], verbose=False, device="cpu", **{"imgsz": SIZE, **options})[0]
@@ -312,7 +312,7 @@ def test_nms_on_the_device_and_on_the_host_agree(
 )
 @pytest.mark.parametrize("size", [640, 320])
 def test_letterbox_gives_the_pixels_of_ultralytics(shape: tuple[int, int], size: int) -> None:
-    with yolo._ultralytics():
+    with ultralytics_checkpoints.library():
         from ultralytics.data.augment import LetterBox
 
     image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
@@ -321,7 +321,7 @@ def test_letterbox_gives_the_pixels_of_ultralytics(shape: tuple[int, int], size:
 
 @pytest.mark.parametrize("shape", [(1080, 810), (333, 501), (37, 23), (1, 3000)])
 def test_boxes_go_back_as_in_ultralytics(shape: tuple[int, int]) -> None:
-    with yolo._ultralytics():
+    with ultralytics_checkpoints.library():
         from ultralytics.utils.ops import scale_boxes
 
     padded = yolo.letterbox(np.zeros((*shape, 3), np.uint8), 640, 32).shape[:2]
@@ -379,14 +379,25 @@ def test_describe_and_claims(models: Callable[[str], Path], tmp_path: Path) -> N
         yolo.describe(other)
 
 
-def test_a_model_of_another_task_is_refused_by_name(tmp_path: Path) -> None:
-    with yolo._ultralytics():
+@pytest.mark.parametrize(("series", "task"), [("yolov8n-pose", "pose"), ("yolov8n-cls", "classify")])
+def test_a_model_of_a_task_that_no_family_runs_is_refused_by_name(series: str, task: str, tmp_path: Path) -> None:
+    with ultralytics_checkpoints.library():
+        from ultralytics import YOLO
+
+        YOLO(f"{series}.yaml").save(tmp_path / "other.pt")
+    assert yolo.claims(tmp_path / "other.pt")
+    with pytest.raises(BadInput, match=f"is a model to {task}"):
+        yolo.load(card("yolov8n"), Params(), tmp_path / "other.pt", Site("cpu", opened))
+
+
+def test_a_model_of_another_family_is_left_to_it(tmp_path: Path) -> None:
+    with ultralytics_checkpoints.library():
         from ultralytics import YOLO
 
         YOLO("yolov8n-seg.yaml").save(tmp_path / "seg.pt")
-    assert yolo.claims(tmp_path / "seg.pt")
+    assert not yolo.claims(tmp_path / "seg.pt")
     with pytest.raises(BadInput, match="is a model to segment"):
-        yolo.load(card("yolov8n"), Params(), tmp_path / "seg.pt", Site("cpu", opened))
+        yolo.describe(tmp_path / "seg.pt")
 
 
 def test_a_missing_nms_free_head_is_said(models: Callable[[str], Path]) -> None:
@@ -457,8 +468,8 @@ def test_importing_ultralytics_takes_no_threads_away() -> None:
     code = """
 import os, torch
 torch.set_num_threads(2)
-from workers.models import yolo
-with yolo._ultralytics():
+from workers import ultralytics_checkpoints
+with ultralytics_checkpoints.library():
     pass
 assert torch.get_num_threads() == 2, torch.get_num_threads()
 assert "OMP_NUM_THREADS" not in os.environ
