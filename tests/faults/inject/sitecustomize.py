@@ -73,12 +73,12 @@ def poison(stub: Any) -> None:
     prepare, infer = stub.Stub.prepare, stub.Stub.infer
     words: dict[int, str] = {}
 
-    def poisoned_prepare(self: Any, image: Any, key: str) -> Any:
-        if "abort" in key:
+    def poisoned_prepare(self: Any, image: Any, item: Any) -> Any:
+        if "abort" in item.key:
             os.abort()
-        prepared = prepare(self, image, key)
+        prepared = prepare(self, image, item)
         for word in _SUFFERING:
-            if word in key:
+            if word in item.key:
                 words[prepared.data] = word
         return prepared
 
