@@ -6,7 +6,6 @@ A family brings two things: how a picture becomes the network's input, and a net
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ DTYPES = embedding.DTYPES
 
 # A picture longer than so many times its shorter side keeps its middle only: no crop of the middle sees further, and
 # scaled whole, a line of a million pixels would take 200 GB.
-_LONGEST = 16
-_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, the format's own limit
+_LONGEST = 64
 
 Answers = list[Any]  # a Result or an ItemFailed for each image
 Finish = Callable[[Any], Answers]  # (batch, n) float32 tensor on the device -> answers
@@ -267,14 +265,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a safetensors file's tensors; {} when the file is none."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else {}
-        return {name: tuple(of["shape"]) for name, of in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
-        return {}

@@ -92,4 +92,3 @@ def _exif(text: str) -> bytes:
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + text.encode()
     data: bytes = exif.tobytes()
     return data
-

@@ -1,4 +1,7 @@
-"""COCO detection annotations: one annotations.json, which pycocotools and most labelling tools read.
+"""COCO annotations of boxes and masks: one annotations.json, which pycocotools and most labelling tools read.
+
+A mask is the annotation's `segmentation`, as compressed RLE, and its `area` that of the mask; its `bbox` is the box that
+the model gave. Masks do not have to be of one object each: semantic ones are all of a class.
 
 A category's id is the model's class id + 1: 0 is background to many trainers, pycocotools' matching takes annotation 0
 for "no match", and converters subtract 1. Each category also carries `class_id`. Images that failed are not among the
@@ -17,7 +20,7 @@ from storage.exporters import Classes
 from storage.shardfile import Outcome
 from storage.staging import Output
 
-KINDS = frozenset({"detections"})
+KINDS = frozenset({"detections", "masks"})
 OPTIONS: Mapping[str, tuple[Any, ...]] = {}
 
 _NAME = "annotations.json"
@@ -61,14 +64,15 @@ class _Writer:
 
     def _annotate(self, image_id: int, result: Any) -> None:
         columns = (result.boxes_xyxy.tolist(), result.scores.tolist(), result.class_ids.tolist(), result.labels)
-        for (x1, y1, x2, y2), score, class_id, label in zip(*columns, strict=True):
+        shapes = _masks(result) if hasattr(result, "rles") else _boxes(result)
+        for (x1, y1, x2, y2), score, class_id, label, shape in zip(*columns, shapes, strict=True):
             self._annotations.add(
                 {
                     "id": self._annotations.length + 1,
                     "image_id": image_id,
                     "category_id": self._classes.number(class_id, label) + 1,
                     "bbox": [round(x1, 4), round(y1, 4), round(x2 - x1, 4), round(y2 - y1, 4)],
-                    "area": round((x2 - x1) * (y2 - y1), 4),
+                    **shape,
                     "iscrowd": 0,
                     "score": round(score, 6),
                 }
@@ -80,6 +84,19 @@ class _Writer:
             for number, (name, class_id) in enumerate(self._classes.table())
             if name is not None
         ]
+
+
+def _boxes(result: Any) -> Iterator[dict[str, Any]]:
+    """What the annotation of a box says of its size."""
+    for x1, y1, x2, y2 in result.boxes_xyxy.tolist():
+        yield {"area": round((x2 - x1) * (y2 - y1), 4)}
+
+
+def _masks(result: Any) -> Iterator[dict[str, Any]]:
+    """What the annotation of a mask says of its pixels."""
+    size = list(result.size)
+    for counts, area in zip(result.rles, result.areas.tolist(), strict=True):
+        yield {"segmentation": {"size": size, "counts": counts.decode("ascii")}, "area": area}
 
 
 class _Array:

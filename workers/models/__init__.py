@@ -185,8 +185,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def card_for(name: str, family_name: str, kind: str, sha256: str = "") -> Card:
     """The card of a stored spec's model: the family's own for that kind, under the name the user gave."""
-    first: Card = next(card for card in family(family_name).CARDS if card.kind == kind)
-    return dataclasses.replace(first, name=name, sha256=sha256)
+    cards = [card for card in family(family_name).CARDS if card.kind == kind]
+    known: Card = next((card for card in cards if card.name == name), cards[0])  # a file's name is no card's
+    return dataclasses.replace(known, name=name, sha256=sha256)
 
 
 def missing(family_name: str) -> list[str]:

@@ -290,7 +290,8 @@ def _pipelines(folder: Path, params: Params, generation: str, dtype: Any) -> dic
     pipeline = classes["draw"].from_pretrained(folder, variant=_variant(folder / "unet"), **safe, **without)
     if params.scheduler:
         scheduler = getattr(diffusers, f"{params.scheduler}Scheduler")
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        # Some would clip the latents, of which these models make larger ones, where the model's own did not say.
+        pipeline.scheduler = scheduler.from_config({**pipeline.scheduler.config, "clip_sample": False})
     pipeline.vae.enable_slicing()  # images are decoded one by one: less memory, and no batch to depend on
     control = _control_folder(folder, params)
     if control is None:

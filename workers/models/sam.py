@@ -30,7 +30,7 @@ import numpy.typing as npt
 from storage import rle
 from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
-from workers import checkpoints, masks, prompts
+from workers import masks, prompts, statedicts
 from workers.models import Card, Encodings, Image, Item, Prepared, Site
 from workers.runtimes import Network, Session
 
@@ -132,15 +132,6 @@ CARDS: tuple[Card, ...] = (
     _card("sam_vit_h", "sam_vit_h_4b8939.pth", "4b8939", 7.0),
 )
 
-ALLOWED = frozenset(
-    {
-        "collections.OrderedDict",
-        *(f"torch.{name}Storage" for name in ("Float", "Half", "BFloat16")),
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_parameter",
-    }
-)
-
 _EMBEDDED = "image_encoder.pos_embed"
 _PATCHES = "image_encoder.patch_embed.proj.weight"
 _TOKENS = "mask_decoder.mask_tokens.weight"
@@ -149,7 +140,7 @@ _TOKENS = "mask_decoder.mask_tokens.weight"
 def claims(path: Path) -> bool:
     """Whether the file is a state dict of segment-anything's Sam, of any size."""
     try:
-        return {_EMBEDDED, _PATCHES, _TOKENS} <= _shapes(path).keys()
+        return {_EMBEDDED, _PATCHES, _TOKENS} <= statedicts.shapes(path).keys()
     except BadInput:
         return False
 
@@ -157,25 +148,6 @@ def claims(path: Path) -> bool:
 def describe(path: Path) -> tuple[str, ...]:
     """The one label of masks that no earlier job has named."""
     return LABELS
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a state dict by name. Raises BadInput when the file is no checkpoint."""
-    if not path.is_file():
-        raise BadInput(f"{path} is no file; expected a checkpoint of segment-anything (.pth)")
-    top = checkpoints.peek(path)
-    return {n: shape for n, v in top.items() if (shape := _shape(v)) is not None} if isinstance(top, dict) else {}
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """The shape of what stands in for a tensor or a parameter."""
-    if not isinstance(value, checkpoints.StandIn):
-        return None
-    if value.origin == "torch._utils._rebuild_parameter" and value.args:
-        return _shape(value.args[0])
-    if value.origin != "torch._utils._rebuild_tensor_v2" or len(value.args) < 3:
-        return None
-    return tuple(value.args[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +244,7 @@ def load(card: Card, params: Params, weights: Path, site: Site) -> Segmenter:
     """Check the local state dict (.pth), build what it fits into, and open both networks on the device."""
     import torch
 
-    build = _Build.of(weights.name, _shapes(weights))
+    build = _Build.of(weights.name, statedicts.shapes(weights))
     sam = _built(weights, build)
     example = torch.zeros(2, build.channels, build.grid, build.grid)  # two: exporters take one for a constant
     encoder = Network(
@@ -309,8 +281,6 @@ def _built(weights: Path, build: _Build) -> Any:
     import torch
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-    checkpoints.check(weights, ALLOWED)
-    state = torch.load(weights, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # no memory and no time for random weights that go at once
         sam = Sam(
             ImageEncoderViT(
@@ -347,12 +317,7 @@ def _built(weights: Path, build: _Build) -> Any:
                 iou_head_hidden_dim=build.rating[1],
             ),
         )
-    try:
-        sam.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise BadInput(
-            f"{weights.name} does not fit segment-anything's Sam: {' '.join(str(error).split())[:300]}"
-        ) from error
+    statedicts.fill(sam, weights, "segment-anything's Sam", assign=True)
     return sam.float().eval()
 
 

@@ -68,6 +68,20 @@ def ledger(stub: Any) -> None:
     stub.Stub.infer = noted
 
 
+def count_encodes(sam: Any) -> None:
+    """Write down how many images each batch has encoded: a line a batch in the file INJECT_LEDGER."""
+    infer = sam.Segmenter.infer
+
+    def noted(self: Any, batch: Sequence[Any]) -> Any:
+        before = self.encoded
+        answers = infer(self, batch)
+        with open(os.environ["INJECT_LEDGER"], "a", encoding="ascii") as file:
+            file.write(f"{os.getpid()} {time.time()} {self.encoded - before}\n")
+        return answers
+
+    sam.Segmenter.infer = noted
+
+
 def poison(stub: Any) -> None:
     """Pictures that hurt, by a word in their names; `_SUFFERING` says how."""
     prepare, infer = stub.Stub.prepare, stub.Stub.infer
@@ -121,6 +135,7 @@ _CHANGES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "hidden": ("jobs.processes", hidden),
     "no-backoff": ("jobs.states", no_backoff),
     "ledger": ("workers.models.stub", ledger),
+    "count-encodes": ("workers.models.sam", count_encodes),
     "poison": ("workers.models.stub", poison),
 }
 

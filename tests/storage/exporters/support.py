@@ -12,11 +12,11 @@ import numpy as np
 from jobs import leases, lifecycle
 from jobs.lifecycle import Job, NewShard, Planned
 from jobs.spec import JobSpec
-from storage import index, migrate, shardfile
+from storage import index, migrate, rle, shardfile
 from storage.database import Database
 from storage.errors import ItemFailed
 from storage.objects import Store, open_store
-from storage.results import detections
+from storage.results import detections, masks
 from storage.shardfile import Outcome
 
 LABELS = ("cat", "dog", 'a "quoted": label', "bird, small", "=1+1", "ünïcode 猫 😀", "no")
@@ -121,6 +121,15 @@ def detected(seed: int, objects: int | None = None, size: tuple[int, int] = (640
     ids = rng.integers(0, len(LABELS), n).astype(np.int32)
     scores = np.sort(rng.uniform(0.1, 1, n).astype(np.float32))[::-1].copy()
     return detections.Result(boxes, scores, ids, tuple(LABELS[i] for i in ids))
+
+
+def masked(seed: int, objects: int | None = None) -> masks.Result:
+    """Masks of a picture of 40 x 30 pixels, of LABELS' classes, never quite empty."""
+    boxes = detected(seed, objects, (40, 30))
+    pixels = np.random.default_rng(seed).random((len(boxes.labels), 30, 40)) < 0.3
+    rles = tuple(rle.encode(mask) for mask in pixels)
+    areas = pixels.sum((1, 2))
+    return masks.Result(boxes.boxes_xyxy, boxes.scores, boxes.class_ids, boxes.labels, rles, (30, 40), areas)
 
 
 def detection(label: str, class_id: int, box: Sequence[float] = (1, 2, 30, 40)) -> detections.Result:

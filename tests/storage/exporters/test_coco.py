@@ -12,9 +12,9 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from storage import exporters, settings
+from storage import exporters, rle, settings
 from storage.objects import open_store
-from tests.storage.exporters.support import LABELS, Mill, detection, failed, found, mixed, provenance, shards
+from tests.storage.exporters.support import LABELS, Mill, detection, failed, found, masked, mixed, provenance, shards
 
 
 @pytest.fixture
@@ -53,6 +53,36 @@ def test_pycocotools_reads_it_back(mill: Mill, tmp_path: Path) -> None:
 def test_a_reader_that_takes_it_as_the_truth_finds_its_own_results(mill: Mill, tmp_path: Path) -> None:
     coco = COCO(str(exported(mill, mill.run(shards(mixed(30), 8)), tmp_path)))
     evaluation = COCOeval(coco, coco.loadRes(list(coco.anns.values())), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] > 0.999
+
+
+def test_pycocotools_reads_masks_back(mill: Mill, tmp_path: Path) -> None:
+    outcomes = [failed("f.jpg"), *(found(f"{i}.jpg", masked(i), size=(40, 30)) for i in range(12))]
+    coco = COCO(str(exported(mill, mill.run(shards(outcomes, 5), kind="masks"), tmp_path)))
+    read = 0
+    for image_id, outcome in zip(coco.getImgIds(), outcomes[1:], strict=True):
+        result = outcome.result
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=[image_id]))
+        assert len(annotations) == len(result.labels)
+        for i, one in enumerate(annotations):
+            mask = rle.decode(result.rles[i], (30, 40))
+            assert np.array_equal(coco.annToMask(one), mask)
+            assert one["area"] == mask.sum() == result.areas[i]
+            x, y, w, h = one["bbox"]
+            assert np.allclose([x, y, x + w, y + h], result.boxes_xyxy[i], rtol=0, atol=1e-3)
+            assert coco.loadCats([one["category_id"]])[0]["name"] == result.labels[i]
+            assert one["iscrowd"] == 0
+            read += 1
+    assert read > 20
+
+
+def test_masks_taken_as_the_truth_are_found_again(mill: Mill, tmp_path: Path) -> None:
+    outcomes = [found(f"{i}.jpg", masked(i), size=(40, 30)) for i in range(12)]
+    coco = COCO(str(exported(mill, mill.run(shards(outcomes, 5), kind="masks"), tmp_path)))
+    evaluation = COCOeval(coco, coco.loadRes(list(coco.anns.values())), "segm")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

@@ -32,6 +32,7 @@ from tests.storage.exporters.support import (
     download,
     failed,
     found,
+    masked,
     mixed,
     moved,
     provenance,
@@ -40,7 +41,7 @@ from tests.storage.exporters.support import (
 
 FORMATS = exporters.names()
 OPTIONS = {"yolo": {"images": "none"}}  # what a format needs where there are no pictures
-SAMPLES: dict[str, Callable[[int], Any]] = {"detections": detected}
+SAMPLES: dict[str, Callable[[int], Any]] = {"detections": detected, "masks": masked}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import pkgutil
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 
 import storage.results
 from storage.errors import BadInput
+from storage.results import image
 from workers import models
 from workers.models import Card, Item, Prepared, Site
 
@@ -88,6 +90,24 @@ def _detr(folder: Path) -> Path:
     return folder / "detr"
 
 
+def _torchvision_detection(folder: Path) -> Path:
+    import torch
+    from torchvision.models import detection
+
+    torch.manual_seed(0)
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4).eval()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        model(list(torch.rand(4, 3, 48, 64)))  # without it every number of the last layers is nearly the same
+    for layer in model.head.classification_head.module_list:
+        layer[1].weight.data.mul_(30)  # so that scores differ by more than rounding
+    torch.save(model.state_dict(), folder / "ssdlite.pth")
+    return folder / "ssdlite.pth"
+
+
 def _dinov2(folder: Path) -> Path:
     import transformers
 
@@ -98,18 +118,106 @@ def _dinov2(folder: Path) -> Path:
     return folder
 
 
+def _diffusion(folder: Path) -> Path:
+    from tests.workers.models import tinydiffusion
+
+    return tinydiffusion.sd(folder)
+
+
+def _sam(folder: Path) -> Path:
+    import torch
+
+    from tests.workers.models.tinysam import tiny
+
+    torch.save(tiny().state_dict(), folder / "sam.pth")
+    return folder / "sam.pth"
+
+
+def _timm(folder: Path) -> Path:
+    import timm
+
+    sizes = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 1, "num_classes": 10}
+    given = {"input_size": (3, 32, 32), "num_classes": 10}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=given, **sizes)
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+def _torchvision_models(folder: Path) -> Path:
+    import torch
+    from torchvision.models import resnet18
+
+    torch.save(resnet18(num_classes=10).state_dict(), folder / "resnet.pth")
+    return folder / "resnet.pth"
+
+
+def _yoloseg(folder: Path) -> Path:
+    import torch
+
+    from workers import ultralytics_checkpoints
+
+    with ultralytics_checkpoints.library():
+        from ultralytics import YOLO
+
+        torch.manual_seed(0)
+        model = YOLO("yolov8n-seg.yaml")
+        head = model.model.model[-1]
+        for conv in head.cv3:
+            conv[-1].bias.data.fill_(-1.0)  # so that random weights find boxes
+        head.proto.cv3.act = torch.nn.Identity()  # and masks that do not fill them
+        model.save(folder / "yoloseg.pt")
+    return folder / "yoloseg.pt"
+
+
+def _torchvision_segmentation(folder: Path) -> Path:
+    import torch
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    torch.manual_seed(0)
+    model = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    model.classifier.low_classifier.weight.data.mul_(100)  # large enough that classes differ by more than rounding
+    torch.save(model.state_dict(), folder / "lraspp.pth")
+    return folder / "lraspp.pth"
+
+
+def _maskrcnn(folder: Path) -> Path:
+    import torch
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    torch.manual_seed(0)
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
+    torch.save(model.state_dict(), folder / "maskrcnn.pth")
+    return folder / "maskrcnn.pth"
+
+
 # family or "family/kind" -> builds tiny weights in a folder; None for a family without weights
 WEIGHTS: dict[str, Callable[[Path], Path] | None] = {
     "stub": None,
+    "transform": None,
+    "diffusion": _diffusion,
     "yolo": _yolo,
     "detr": _detr,
     "rtdetr": _rtdetr,
+    "torchvision_detection": _torchvision_detection,
     "dinov2": _dinov2,
+    "sam": _sam,
+    "yoloseg": _yoloseg,
+    "torchvision_segmentation": _torchvision_segmentation,
+    "maskrcnn": _maskrcnn,
+    "timm": _timm,
+    "torchvision_models": _torchvision_models,
 }
 SMALL: dict[str, dict[str, Any]] = {  # the same -> parameters that make it quick
+    "diffusion": {"prompt": "a cat", "steps": 4},
     "yolo": {"imgsz": 64},
     "detr": {"conf": 0.0},
     "rtdetr": {"imgsz": 64, "conf": 0.1},
+    "torchvision_detection": {"max_det": 10},
+    "sam": {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
+    "yoloseg": {"imgsz": 64, "max_det": 5},
+    "torchvision_segmentation": {"imgsz": 64},
+    "maskrcnn": {"imgsz": 128, "max_det": 5},
+    "torchvision_models": {"imgsz": 32},
 }
 
 
@@ -160,6 +268,8 @@ def same(one: Any, other: Any, tolerance: float = 1e-4) -> bool:
     """Whether two results of any kind agree, field by field."""
     if type(one) is not type(other):
         return False
+    if isinstance(one, image.Result):
+        return _same_image(one, other, 2 if tolerance else 0)
     for field in dataclasses.fields(one):
         a, b = getattr(one, field.name), getattr(other, field.name)
         if isinstance(a, np.ndarray):
@@ -168,6 +278,16 @@ def same(one: Any, other: Any, tolerance: float = 1e-4) -> bool:
         elif a != b:
             return False
     return True
+
+
+def _same_image(one: image.Result, other: image.Result, levels: int) -> bool:
+    """Whether two files have pixels that differ by so many grey levels at most; with none the files are the same."""
+    if levels == 0 or one.data is None or other.data is None:
+        return one == other
+    from PIL import Image
+
+    a, b = (np.asarray(Image.open(io.BytesIO(result.data))).astype(int) for result in (one, other))
+    return a.shape == b.shape and bool((abs(a - b) <= levels).all()) and one.meta == other.meta
 
 
 def test_cards_are_complete(subject: Subject) -> None:
@@ -241,7 +361,7 @@ def test_an_empty_result_is_valid(subject: Subject) -> None:
 def test_pictures_are_prepared_from_threads(subject: Subject) -> None:
     images = pictures(16)
     with ThreadPoolExecutor(4) as pool:
-        batch = list(pool.map(lambda image: subject.model.prepare(image, Item("key")), images))
+        batch = list(pool.map(lambda i: subject.model.prepare(images[i], Item(f"key-{i}")), range(len(images))))
     results = subject.model.infer(batch)
     assert all(
         same(a, b, 0) for a, b in zip(results, subject.model.infer(prepared(subject.model, images)), strict=True)

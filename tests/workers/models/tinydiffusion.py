@@ -58,7 +58,7 @@ def _vae() -> Any:
 
 
 def _checker() -> dict[str, Any]:
-    """Finds every image unsafe whose features lie on one side of a plane, which random ones do now and then."""
+    """Finds every image unsafe."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -67,8 +67,10 @@ def _checker() -> dict[str, Any]:
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
     config = CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=8)
     size = {"shortest_edge": 32}
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2.0)  # what the likeness to a forbidden concept, -1..1, must be above
     return {
-        "safety_checker": StableDiffusionSafetyChecker(config),
+        "safety_checker": checker,
         "feature_extractor": CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32}),
     }
 
