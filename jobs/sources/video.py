@@ -1,0 +1,279 @@
+"""Datasets that are the frames of one video, told by their time: every one, every n-th, or so many a second.
+
+    clip.mp4                               every frame of a local video, or one on s3://
+    video:clip.mp4?every=30                every thirtieth, from the first on
+    video:s3://bucket/clip.mp4?fps=2       two a second
+
+Listing reads the packets that frames are stored in and decodes none. Times are pts, whole ticks of the stream's own
+clock (its time base), as the file says them; frames of varying rate keep their own. A frame is decoded later, by
+workers/videos.py; one that cannot be is a failure row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import os
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jobs.sources import ImageRef, escaped_key, stat_fingerprint
+from storage.errors import BadInput, Misconfigured, NotFound
+from storage.folder import open_regular
+from storage.objects import local_path
+from storage.settings import Settings, masked
+
+SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg")
+# A text file that is called like a video could name any other file or address for FFmpeg to open.
+_FORMATS = "mov,matroska,avi,mpeg,mpegts"
+
+_OWN = "video:"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_REORDERED = 32  # frames that may be stored before one that is shown earlier; H.264 and HEVC allow 16
+_MOST_FPS = 1000
+_MOST_EVERY = 10**9
+_MISSING_S, _MISSING = 2, Fraction(1, 20)  # what a header's duration may be wrong by: seconds, and a part of it
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which frames are items: each `every`-th, or when `fps` is not 0 the first one in each of so many parts a second.
+
+    The parts are counted from the first frame's time; a part in which no frame starts has no item.
+    """
+
+    every: int = 1
+    fps: Decimal = Decimal(0)
+
+    def __str__(self) -> str:
+        """As a URI has it; "" for every frame."""
+        if self.fps:
+            return f"?fps={self.fps.normalize():f}"
+        return f"?every={self.every}" if self.every > 1 else ""
+
+
+def claims(uri: str) -> bool:
+    """What starts with video:, or a name that ends like a video's, on S3 or local, and is no folder."""
+    if uri.startswith(_OWN):
+        return True
+    if "\0" in uri or not uri.rstrip("/").lower().endswith(SUFFIXES):
+        return False
+    if uri[:5].lower() == "s3://":
+        return True
+    path = _path(uri)
+    return path is not None and not os.path.isdir(path)
+
+
+def canonical(uri: str) -> str:
+    """The absolute path or s3:// URI; with parameters that are not the defaults, video:that?parameters."""
+    where, sampling = _parts(uri)
+    return f"{_OWN}{where}{sampling}" if str(sampling) else where
+
+
+def refs(uri: str, settings: Settings) -> Iterator[ImageRef]:
+    """The chosen frames in order of time.
+
+    Raises:
+        BadInput: the video is missing, damaged or cut short, has frames without times, or PyAV is not installed.
+        Unavailable: the video could not be read to its end.
+    """
+    where, sampling = _parts(uri)
+    if settings.untrusted:
+        raise BadInput("videos are not decoded where IMAGEMILL_UNTRUSTED is set; extract their frames as images first")
+    return _listed(where, sampling, settings)
+
+
+def chosen(times: Iterable[int], tick_s: Fraction, sampling: Sampling) -> Iterator[int]:
+    """The pts of the frames that a sampling takes, of all pts in order.
+
+    Args:
+        tick_s: seconds of one tick. Times were rounded to it when the file was written, so half a tick is allowed for.
+    """
+    first, last = None, -1
+    for number, pts in enumerate(times):
+        first = pts if first is None else first
+        if sampling.fps:
+            part = (2 * (pts - first) + 1) * tick_s * Fraction(sampling.fps) // 2
+        else:
+            part = number // sampling.every
+        if part > last:
+            last = part
+            yield pts
+
+
+def open_video(file: BinaryIO) -> Any:
+    """PyAV's container of a video. Raises Misconfigured without PyAV, av.FFmpegError for what is no video."""
+    try:
+        import av
+    except ImportError:
+        raise Misconfigured("reading videos needs PyAV; install it with: pip install 'imagemill[models]'") from None
+    return av.open(file, options={"format_whitelist": _FORMATS})
+
+
+def fingerprint_tag(fingerprint: str) -> str:
+    """A few letters that stand for a file's fingerprint in the URIs of its frames."""
+    return hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
+
+
+def frame_uri(uri: str, tag: str, pts: int, step: int) -> str:
+    """Where a frame is: frame:PTS:STEP:TAG:URI.
+
+    Args:
+        uri: file:///... or s3://... of the video.
+        tag: of the version of the video whose times these are.
+        step: ticks from the item before this one, for the decoder to know which frame was wanted too; 0 for the first.
+    """
+    return f"frame:{pts}:{step}:{tag}:{uri}"
+
+
+def _parts(uri: str) -> tuple[str, Sampling]:
+    """(canonical spelling of the video, sampling)"""
+    text = uri.removeprefix(_OWN)
+    name, query = text, ""
+    if not text.rstrip("/").lower().endswith(SUFFIXES):
+        name, _, query = text.rpartition("?")
+    if not name.rstrip("/").lower().endswith(SUFFIXES):
+        raise BadInput(
+            f"cannot read {masked(uri)!r}: expected video:clip.mp4?fps=2 or ?every=30, with one of {', '.join(SUFFIXES)}"
+        )
+    where = _on_s3(name) if name[:5].lower() == "s3://" else _local(name)
+    return where, _sampling(query)
+
+
+def _sampling(query: str) -> Sampling:
+    given = urllib.parse.parse_qsl(query, keep_blank_values=True)
+    if not given:
+        return Sampling()
+    name, value = given[0]
+    if len(given) > 1 or name not in ("fps", "every"):
+        raise BadInput(f"expected one of ?fps=2 or ?every=30 behind a video, but got {query!r}")
+    if name == "every":
+        if not value.isdecimal() or not value.isascii() or not 1 <= int(value[:12]) <= _MOST_EVERY:
+            raise BadInput(f"expected every=N with a whole number from 1 to {_MOST_EVERY}, but got {value!r}")
+        return Sampling(every=int(value))
+    try:
+        fps = Decimal(value)
+        if not 0 < fps <= _MOST_FPS or fps != round(fps, 6):
+            raise InvalidOperation
+    except InvalidOperation:
+        raise BadInput(f"expected fps=N with a number above 0, up to {_MOST_FPS}, but got {value!r}") from None
+    return Sampling(fps=fps)
+
+
+def _path(uri: str) -> str | None:
+    """The local path that a URI or a shell word names, or None."""
+    path = local_path(uri)
+    if path is not None:
+        return str(path)
+    return None if _SCHEME.match(uri) else os.path.expanduser(uri)
+
+
+def _on_s3(uri: str) -> str:
+    bucket, _, key = uri[5:].partition("/")
+    if not bucket or not key.strip("/") or "@" in bucket:
+        raise BadInput(f"cannot read {masked(uri)!r}: expected s3://bucket/a.mp4; credentials go into AWS_ variables")
+    return f"s3://{bucket}/{key.strip('/')}"
+
+
+def _local(name: str) -> str:
+    path = _path(name)
+    if path is None or "\0" in path:
+        raise BadInput(f"cannot read {masked(name)!r}: expected a video's path or s3://bucket/a.mp4")
+    # "link/.." is the parent of the link's target, which only realpath knows; abspath keeps a leading "//".
+    path = os.path.realpath(path) if ".." in path.split("/") else "/" + os.path.abspath(path).lstrip("/")
+    if not os.path.isfile(path):
+        raise BadInput(f"video {path!r} does not exist or is not a file; check the spelling")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return Path(path).as_uri()
+    return path
+
+
+def _listed(where: str, sampling: Sampling, settings: Settings) -> Iterator[ImageRef]:
+    name = os.path.basename(_path(where) or where)
+    with _opened(where, settings) as (file, uri, fingerprint), _container(file, where) as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise BadInput(f"video {where!r} has no pictures; give one that has")
+        tag = fingerprint_tag(fingerprint)
+        first = last = None
+        for pts in chosen(_times(container, stream, where), stream.time_base, sampling):
+            first = pts if first is None else first
+            seconds = float((pts - first) * stream.time_base)
+            key = escaped_key(f"{name}/{seconds:010.3f}.{pts}")
+            step = 0 if last is None else pts - last
+            yield ImageRef(key, frame_uri(uri, tag, pts, step), f"{fingerprint}@{pts}")
+            last = pts
+
+
+@contextlib.contextmanager
+def _opened(where: str, settings: Settings) -> Iterator[tuple[BinaryIO, str, str]]:
+    """A video's bytes, their file:// or s3:// URI and their fingerprint."""
+    path = _path(where)
+    try:
+        if path is not None:
+            # The target's own name goes into the URIs, so that moving a link later leads nobody elsewhere.
+            real = Path(os.path.realpath(path))
+            with open_regular(real) as file:
+                yield file, real.as_uri(), stat_fingerprint(os.fstat(file.fileno()))
+            return
+        from storage import s3
+
+        bucket, _, key = where[5:].partition("/")
+        store = s3.store(bucket, "", settings)
+        there = store.stat(key)
+        if there is None:
+            raise NotFound(where)
+        with store.open_file(there) as file:
+            yield file, where, f"etag:{there.etag}+{there.size}"
+    except NotFound:
+        raise BadInput(f"video {where!r} does not exist; check the spelling") from None
+
+
+@contextlib.contextmanager
+def _container(file: BinaryIO, where: str) -> Iterator[Any]:
+    try:
+        container = open_video(file)
+    except Misconfigured as error:
+        raise BadInput(str(error)) from None
+    except (ValueError, ArithmeticError, LookupError) as error:
+        raise _damaged(where, f"no video in one of the formats {_FORMATS} ({type(error).__name__})") from error
+    with container:
+        yield container
+
+
+def _times(container: Any, stream: Any, where: str) -> Iterator[int]:
+    """The pts of all frames that are shown, in order of time, from the packets that they are stored in."""
+    import av
+
+    waiting: list[int] = []
+    last = None
+    end = Fraction(0)
+    try:
+        for packet in container.demux():
+            if not packet.size:
+                continue
+            end = max(end, _end_of(packet))
+            if packet.stream_index != stream.index or packet.is_discard:  # discarded: cut away by an edit list
+                continue
+            if packet.pts is None:
+                raise _damaged(where, "it has frames without a time")
+            heapq.heappush(waiting, packet.pts)
+            if len(waiting) > _REORDERED:
+                last = yield from _next(waiting, last, where)
+    except av.FFmpegError as error:
+        raise _damaged(where, f"it cannot be read to its end ({error.strerror})") from error
+    while waiting:
+        last = yield from _next(waiting, last, where)
+    _check_end(container, end, last, where)
+
+
+def _next(waiting: list[int], last: int | None, where: str) -> Iterator[int]: ...
