@@ -72,7 +72,7 @@ class Step:
     device: str = "auto"
     precision: str = "fp32"
     batch: int | None = None
-    shard_size: int = 256
+    shard_size: int | None = None
 
 
 _SPELLED = {"after": "from", "shown": "as"}

@@ -33,7 +33,7 @@ def resolve(
     runtime: str = "torch",
     precision: str = "fp32",
     batch: int | None = None,
-    shard_size: int = 256,
+    shard_size: int | None = None,
     on_download: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> JobSpec:
     """A spec that can be run again in a year. Raises BadInput for anything the user got wrong, before anything is made.
@@ -41,6 +41,8 @@ def resolve(
     Args:
         on_download: called with (model name, bytes so far, bytes in all) while weights are fetched.
     """
+    if shard_size is None:  # images that are made stay in memory until their shard is committed
+        shard_size = 64 if kind == "image" else 256
     if not 1 <= shard_size <= MAX_SHARD_ITEMS:
         raise BadInput(f"--shard-size must be from 1 to {MAX_SHARD_ITEMS}, but got {shard_size}")
     if batch is not None and batch < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from storage.errors import BadInput, Misconfigured, Unavailable, one_line
@@ -160,7 +161,7 @@ def _from_hub(name: str, cache: Path, sha256: str) -> Path:
     """A repository of the Hugging Face hub, through its own client, which shows its own progress."""
     repo, _, revision = name.partition("@")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import list_repo_files, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise Misconfigured(
@@ -168,7 +169,8 @@ def _from_hub(name: str, cache: Path, sha256: str) -> Path:
         ) from None
     folder = cache / "hub" / (repo.replace("/", "--") + (f"@{revision}" if revision else ""))
     try:
-        snapshot_download(repo, revision=revision or None, local_dir=folder, allow_patterns=list(_HUB_FILES))
+        files = _wanted(list_repo_files(repo, revision=revision or None))
+        snapshot_download(repo, revision=revision or None, local_dir=folder, allow_patterns=files)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise Unavailable(
             f"cannot download {_HUB_PREFIX}{name}: {one_line(str(error), 200)}; "
@@ -176,6 +178,17 @@ def _from_hub(name: str, cache: Path, sha256: str) -> Path:
         ) from error
     _verify(folder, sha256, f"{_HUB_PREFIX}{name}")
     return folder
+
+
+def _wanted(files: Sequence[str]) -> list[str]:
+    """The files of a repository that a model is loaded from: no pickles, no code, nothing twice.
+
+    A pipeline of diffusers has its parts in folders; beside them some publish the whole once more in one file, and
+    most the same weights in half precision.
+    """
+    known = [f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in _HUB_FILES)]
+    pipeline = "model_index.json" in files
+    return [f for f in known if not (pipeline and f.endswith(".safetensors") and ("/" not in f or ".fp16." in f))]
 
 
 def _stream(url: str, path: Path, on_progress: Progress) -> None:

@@ -53,3 +53,79 @@ def test_a_server_that_does_not_answer_is_one_line_with_the_remedy(tmp_path: Pat
     with pytest.raises(Unavailable, match="give its path to --model"):
         weights.download("https://127.0.0.1:1/x.pt", tmp_path, "")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    for name, data in {"config.json": b"{}", "unet/model.safetensors": b"w" * 999, ".cache/lock": b""}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_of_weights_is_published_fetched_and_verified(
+    store_url: str, model_folder: Path, tmp_path: Path
+) -> None:
+    store = open_store(store_url, load())
+    sha256 = weights.sha256_of(model_folder)
+    key = weights.publish(store, model_folder, sha256)
+    fetched = weights.fetch(store, key, sha256, tmp_path / "cache")
+    assert contents(fetched) == {"config.json": b"{}", "unet/model.safetensors": b"w" * 999}
+    (fetched / "config.json").write_bytes(b"damaged")
+    again = weights.fetch(store, key, sha256, tmp_path / "cache")
+    assert contents(again) == contents(fetched)
+    assert weights.sha256_of(again) == sha256
+    base = key.removesuffix(".files.json")
+    store.put(f"{base}/config.json", b"{ }")
+    with pytest.raises(Misconfigured, match="not the file that was pinned"):
+        weights.fetch(store, key, sha256, tmp_path / "other cache")
+    assert not [p for p in (tmp_path / "other cache").rglob("*") if p.is_file()]
+
+
+def test_the_names_of_files_are_part_of_a_folder(model_folder: Path) -> None:
+    before = weights.sha256_of(model_folder)
+    (model_folder / "config.json").rename(model_folder / "other.json")
+    assert weights.sha256_of(model_folder) != before
+
+
+def test_a_hostile_list_of_files_leads_nowhere(tmp_path: Path) -> None:
+    import hashlib
+
+    store = open_store((tmp_path / "store").as_uri(), load())
+    listing = b'{"../../evil": "00"}'
+    sha256 = hashlib.sha256(listing).hexdigest()
+    store.put("weights/x/tiny.files.json", listing)
+    with pytest.raises(BadInput, match="unsafe object key"):
+        weights.fetch(store, "weights/x/tiny.files.json", sha256, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin", "run.py"], ["config.json", "model.safetensors"]),
+        (
+            [
+                "model_index.json",
+                "v1-5.safetensors",
+                "unet/a.safetensors",
+                "unet/a.fp16.safetensors",
+                "unet/config.json",
+            ],
+            ["model_index.json", "unet/a.safetensors", "unet/config.json"],
+        ),
+    ],
+)
+def test_of_a_repository_only_what_is_needed_is_fetched(files: list[str], wanted: list[str]) -> None:
+    assert weights._wanted(files) == wanted
+
+
+def test_the_beginning_of_a_sha256_pins_a_file(file: Path) -> None:
+    sha256 = weights.sha256_of(file)
+    weights._verify(file, sha256[:8], "x")
+    with pytest.raises(Misconfigured, match="not the file that was pinned"):
+        weights._verify(file, "00000000", "x")
