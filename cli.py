@@ -432,6 +432,25 @@ def _time_left(seconds: float | None) -> str:
     return f", {hours}:{minutes:02}:{rest:02} left"
 
 
+@cli.command()
+@click.argument("job", default="latest")
+@_json_option
+def profile(job: str, as_json: bool) -> None:
+    """Say where a job's time went: fetch, decode, prepare, device, idle, write."""
+    from jobs import progress
+
+    home = _home()
+    found = progress.profile(home.db, progress.find_job(home.db, job))
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "busy": found.busy})
+        return
+    busy = "nothing has run" if found.busy is None else f"the device was busy {found.busy:.1%} of its time"
+    click.echo(f"{found.items} items; {busy}")
+    for stage in ("fetch", "decode", "prepare", "device", "idle", "write"):
+        spent = found.seconds.get(stage, 0.0)
+        click.echo(f"  {stage:<8} {spent:>10.2f} s  {1000 * spent / max(1, found.items):>9.2f} ms an item")
+
+
 @cli.command("jobs")
 @click.option("--limit", type=int, default=20, show_default=True)
 @click.option("--active", is_flag=True, help="Only those that have not ended.")

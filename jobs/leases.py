@@ -250,10 +250,13 @@ def commit(
     written: Written,
     outcomes: Sequence[Outcome],
     *,
-    device_s: float = 0,
+    seconds: Mapping[str, float] | None = None,
     state: str = states.DONE,
 ) -> bool:
     """Set the shard done and record its items, in one transaction, where the fence is still ours.
+
+    Args:
+        seconds: stage -> time this attempt spent in it; "device" is what the device took.
 
     Returns True also when an earlier try of this very commit went through and only its answer was lost; False when the
     lease is not ours any more, so that the work must be thrown away.
@@ -270,7 +273,8 @@ def commit(
         "result_bytes": written.nbytes,
         "results": len(outcomes) - failures,
         "failures": failures,
-        "device_s": device_s,
+        "device_s": (seconds or {}).get("device", 0.0),
+        "seconds": {name: round(value, 4) for name, value in (seconds or {}).items()},
         "checkpoint": None,
         "finished_at": db_now(),
     }

@@ -149,6 +149,42 @@ def workers(db: Database, *, live_only: bool = True) -> list[Worker]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where the time of a job's committed shards went.
+
+    Attributes:
+        items: of those shards.
+        seconds: stage -> seconds; fetch, decode, prepare and write are summed over their threads, device and idle are
+            what the device worked and waited for.
+    """
+
+    items: int
+    seconds: dict[str, float]
+
+    @property
+    def busy(self) -> float | None:
+        """The share of its time that the device worked, or None when nothing has run."""
+        whole = self.seconds.get("device", 0.0) + self.seconds.get("idle", 0.0)
+        return self.seconds.get("device", 0.0) / whole if whole else None
+
+
+def profile(db: Database, job_id: int) -> Profile:
+    """Where a job's time went."""
+    seconds: dict[str, float] = {}
+    items, after = 0, -1
+    columns = (shard.c.id, shard.c.size, shard.c.seconds)
+    while True:
+        where = (shard.c.job_id == job_id, shard.c.seconds.is_not(None), shard.c.id > after)
+        rows = db.query(sa.select(*columns).where(*where).order_by(shard.c.id).limit(2000))
+        for row in rows:
+            items, after = items + row.size, row.id
+            for stage, spent in row.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+        if len(rows) < 2000:
+            return Profile(items, seconds)
+
+
 def failures(db: Database, job_id: int) -> list[tuple[str, str, int]]:
     """(stage, reason, images) of a job's recipe, most first."""
     return index.reason_counts(db, status(db, job_id).recipe_id)

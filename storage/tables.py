@@ -101,6 +101,7 @@ shard = sa.Table(
     Column("failures", Integer, nullable=False, server_default="0"),
     Column("collected", Integer, nullable=False, server_default="0"),  # rows that the collector has removed since
     Column("device_s", Float, nullable=False, server_default="0"),
+    Column("seconds", Json),  # stage -> seconds that the committed attempt spent in it
     Column("claimed_at", Seconds),
     Column("finished_at", Seconds),
     UniqueConstraint("job_id", "number"),

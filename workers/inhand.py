@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from jobs.leases import Claim
@@ -13,6 +17,8 @@ from storage.errors import ItemFailed
 from storage.shardfile import Outcome
 from workers.loaded import Loaded
 from workers.models import Item, Prepared
+
+_counting = threading.Lock()
 
 
 class Room:
@@ -44,12 +50,28 @@ class Run:
     rows: list[shardfile.ManifestRow]
     prefix: str
     outcomes: dict[int, Outcome] = field(default_factory=dict)
-    batches_s: float = 0.0
     dropped: bool = False
+    seconds: defaultdict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # stage -> time spent in it, summed over threads
 
     @property
     def complete(self) -> bool:
         return len(self.outcomes) == self.claim.items
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the time of a block towards a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent(stage, time.perf_counter() - started)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Count time towards a stage. Called from many threads; the lock is the module's, and held for no time."""
+        with _counting:
+            self.seconds[stage] += seconds
 
     def item(self, position: int) -> Item:
         """What the model is told of an item."""

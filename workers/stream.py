@@ -106,7 +106,8 @@ class Stream:
     def _fetch(self, run: Run, position: int, ready: queue.SimpleQueue[Ready | None]) -> None:
         try:
             uri = run.rows[position].uri
-            data = b"" if run.dropped or not uri else self._read(run, uri)
+            with run.timed("fetch"):
+                data = b"" if run.dropped or not uri else self._read(run, uri)
         except ItemFailed as error:
             ready.put(Ready(run, position, None, error))
         except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
@@ -180,7 +181,8 @@ class Stream:
         nbytes = min(width * height, self.settings.max_image_pixels) * 3
         self._decoded.take(nbytes)
         try:
-            picture = self._pictures.decode(data)
+            with run.timed("decode"):
+                picture = self._pictures.decode(data)
             size = (picture.width, picture.height)
             return size, _prepared(run, picture.pixels, item)
         finally:
@@ -241,7 +243,8 @@ class Stream:
         # Each try has a prefix of its own: a put whose answer was lost may still arrive after the next one.
         prefix = f"{run.prefix}{uuid.uuid4().hex[:8]}{name}/"
         faults.point("before-put")
-        written = shardfile.write(self.store, prefix, run.claim.spec.kind, outcomes, meta)
+        with run.timed("write"):
+            written = shardfile.write(self.store, prefix, run.claim.spec.kind, outcomes, meta)
         faults.point("after-put")
         return written
 
@@ -249,7 +252,7 @@ class Stream:
         if not self.me.may_write():
             return False
         faults.point("before-commit")
-        done = leases.commit(self.db, run.claim, self.me.id, written, outcomes, device_s=run.batches_s)
+        done = leases.commit(self.db, run.claim, self.me.id, written, outcomes, seconds=run.seconds)
         faults.point("after-commit")
         if not done:
             log.warning("shard %d is not ours any more: its work is thrown away", run.claim.shard_id)
@@ -308,7 +311,8 @@ def _prepared(run: Run, image: images.Pixels | None, item: Item) -> Prepared | I
     try:
         if image is not None and "crop" in item.data:
             image = images.crop(image, item.data["crop"])
-        return run.loaded.model.prepare(image, item)
+        with run.timed("prepare"):
+            return run.loaded.model.prepare(image, item)
     except ItemFailed as error:
         return error
     except Exception as error:  # noqa: BLE001 (a model may raise anything)

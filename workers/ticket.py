@@ -51,6 +51,7 @@ class Ticket:
         self._same_model = (0, "")
         self._careful: queue.SimpleQueue[tuple[Run, threading.Event]] = queue.SimpleQueue()
         self._broken = False
+        self._free_since = time.perf_counter()  # when the device last had nothing to do
         self.more = False  # whether work may be left on the queue
 
     def run(self) -> bool:
@@ -263,13 +264,15 @@ class Ticket:
                 self._free(item)
             return
         loaded = batch[0].run.loaded
-        started = time.monotonic()
+        started = time.perf_counter()
+        batch[0].run.spent("idle", started - self._free_since)
         prepared = [item.answer for item in batch if isinstance(item.answer, Prepared)]
         answers = batches.infer(loaded.model, prepared, loaded.size)
         faults.point("inferred")
-        each = (time.monotonic() - started) / len(batch)
+        self._free_since = time.perf_counter()
+        each = (self._free_since - started) / len(batch)
         for item in batch:
-            item.run.batches_s += each
+            item.run.spent("device", each)
         self._deliver(batch, answers)
 
     def _free(self, item: Ready) -> None:

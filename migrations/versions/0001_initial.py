@@ -132,6 +132,7 @@ def upgrade() -> None:
         sa.Column("failures", sa.Integer(), server_default="0", nullable=False),
         sa.Column("collected", sa.Integer(), server_default="0", nullable=False),
         sa.Column("device_s", sa.Float(), server_default="0", nullable=False),
+        sa.Column("seconds", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("claimed_at", sa.Float(precision=53), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["job.id"], name=op.f("fk_shard_job_id_job")),

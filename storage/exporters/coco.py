@@ -1,7 +1,7 @@
 """COCO annotations of boxes and masks: one annotations.json, which pycocotools and most labelling tools read.
 
-A mask is the annotation's `segmentation`, as compressed RLE, and its `area` that of the mask; its `bbox` is the box that
-the model gave. Masks do not have to be of one object each: semantic ones are all of a class.
+A mask is the annotation's `segmentation`, as compressed RLE, and its `area` that of the mask; its `bbox` is the box
+that the model gave. Masks do not have to be of one object each: semantic ones are all of a class.
 
 A category's id is the model's class id + 1: 0 is background to many trainers, pycocotools' matching takes annotation 0
 for "no match", and converters subtract 1. Each category also carries `class_id`. Images that failed are not among the

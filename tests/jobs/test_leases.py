@@ -243,7 +243,7 @@ def test_commit_records_items_labels_and_totals(db: Database, me: str) -> None:
     claim = claimed(db, me)
     leases.suspect(db, claim, me, [1])
     place = written(claim)
-    assert leases.commit(db, claim, me, place, outcomes_of(claim, failed=[1]), device_s=1.5)
+    assert leases.commit(db, claim, me, place, outcomes_of(claim, failed=[1]), seconds={"device": 1.5})
     row = shard_row(db, claim)
     assert (row.state, row.results, row.failures, row.device_s) == (states.DONE, 2, 1, 1.5)
     assert (row.result_key, row.result_sha256, row.result_bytes) == (place.key, place.sha256, place.nbytes)

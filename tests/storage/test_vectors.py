@@ -85,6 +85,17 @@ def test_an_image_is_nearest_to_itself(mill: Mill, stored: Stored, metric: str) 
     assert best.score == pytest.approx({"cosine": 1, "dot": 1e6, "l2": 0}[metric], abs=2e-3, rel=1e-5)
 
 
+def test_small_distances_between_long_vectors(mill: Mill, stored: Stored) -> None:
+    """Their squares, in float32, differ by more than the distances."""
+    start = points(1)[0] * 1000
+    rows = np.stack([start] * 20)
+    rows[:, 0] += np.arange(20, dtype=np.float32)[::-1] / 64
+    (answer,) = vectors.nearest(mill.db, mill.store, stored(rows), start, k=20, metric="l2")
+    assert [near.key for near in answer] == KEYS[19::-1]
+    expected = np.abs(rows[::-1, 0].astype(np.float64) - start[0])
+    assert np.allclose([near.score for near in answer], expected, atol=1e-4)
+
+
 def test_float16_is_compared_in_float32(mill: Mill, stored: Stored) -> None:
     """The squares of such numbers, summed in float16, would be infinite."""
     rows = (points() * 200).astype(np.float16)

@@ -321,7 +321,7 @@ def _tensors(weights: Path) -> dict[str, Any]:
 
     import torch
 
-    None
+    checkpoints.check(weights, ALLOWED)
     with torch.serialization.safe_globals([argparse.Namespace]):
         top: dict[str, Any] = torch.load(weights, map_location="cpu", weights_only=True)
     return top["model"] if isinstance(top.get("model"), dict) else top
