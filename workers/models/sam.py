@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -538,9 +537,9 @@ class Segmenter:
         size = (image.shape[0], image.shape[1])
         objects = prompts.read(item.data, size)
         if objects is None:
-            task = _Task(size, self._views_of_everything(image, item), None)
+            task = _Task(size, self._views_of_everything(image), None)
         else:
-            views = [self._view(image, (0, 0, size[1], size[0]), item)] if objects else []
+            views = [self._view(image, (0, 0, size[1], size[0]))] if objects else []
             for view in views:
                 view.queries = _grouped(objects, view.frame, self._build)
             task = _Task(size, views, len(objects), **prompts.carried(item.data, len(objects), LABELS[0]))
@@ -572,27 +571,30 @@ class Segmenter:
 
     # ---------------------------------------------------------------- before the device
 
-    def _view(self, image: Image, crop: Box, item: Item) -> _View:
+    def _view(self, image: Image, crop: Box) -> _View:
         """A part of a picture as the network wants it."""
         from PIL import Image as Pictures
 
         x1, y1, x2, y2 = crop
         frame = _Frame.of((y2 - y1, x2 - x1), self._build.side)
-        name = self._name(crop, item)
+        part = np.ascontiguousarray(image[y1:y2, x1:x2])
+        name = self._name(part)
         encoding = self._kept(name)
         pixels = None
         if encoding is None:
-            part = Pictures.fromarray(np.ascontiguousarray(image[y1:y2, x1:x2]))
-            pixels = np.array(part.resize(frame.scaled[::-1], Pictures.Resampling.BILINEAR))
+            pixels = np.array(Pictures.fromarray(part).resize(frame.scaled[::-1], Pictures.Resampling.BILINEAR))
         return _View(crop, frame, pixels, encoding, name, [])
 
-    def _name(self, crop: Box, item: Item) -> str:
-        """What an encoding is kept under: everything that it follows from."""
-        if self._keeper is None or not item.uri or not item.fingerprint:
+    def _name(self, part: Image) -> str:
+        """What an encoding is kept under: everything that it follows from, the pixels themselves among it.
+
+        Not the image's fingerprint, which the prompts of an item are part of, nor its place.
+        """
+        if self._keeper is None:
             return ""
-        site = self._site
-        whole = [site.weights_sha256, site.precision, item.uri, item.fingerprint, item.data.get("crop"), list(crop)]
-        return f"sam/{hashlib.sha256(json.dumps(whole).encode()).hexdigest()}"
+        digest = hashlib.blake2b(f"{self._site.weights_sha256} {self._site.precision} {part.shape}".encode())
+        digest.update(part.data)
+        return f"sam/{digest.hexdigest()[:64]}"
 
     def _kept(self, name: str) -> npt.NDArray[np.float16] | None:
         shape = (self._build.channels, self._build.grid, self._build.grid)
@@ -601,7 +603,7 @@ class Segmenter:
             return None
         return np.frombuffer(data, "<f2").reshape(shape)
 
-    def _views_of_everything(self, image: Image, item: Item) -> list[_View]:
+    def _views_of_everything(self, image: Image) -> list[_View]:
         """The picture and its crops, each with a grid of points."""
         from segment_anything.utils.amg import build_all_layer_point_grids, generate_crop_boxes
 
@@ -610,7 +612,7 @@ class Segmenter:
         grids = build_all_layer_point_grids(p.points_per_side, p.crop_n_layers, p.crop_n_points_downscale_factor)
         views = []
         for crop, layer in zip(crops, layers, strict=True):
-            view = self._view(image, tuple(crop), item)
+            view = self._view(image, tuple(crop))
             points = view.frame.moved(grids[layer] * np.array(view.frame.size[::-1]))
             count = len(points)
             view.queries = [_Queries(np.arange(count), points[:, None], np.ones((count, 1), np.int32))]

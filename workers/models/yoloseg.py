@@ -130,7 +130,7 @@ def _raw_forward(head: Any, branch: dict[str, Any], features: list[Any]) -> tupl
     """
     raw = head.forward_head(features, **branch)
     of_all = hasattr(head.proto, "feat_refine")  # 26 makes its maps of all features, the others of the finest
-    maps = head.proto(features[0] if not of_all else [features[0], *[f*0 for f in features[1:]]])
+    maps = head.proto(features if of_all else features[0])
     return raw["boxes"], raw["scores"], raw["mask_coefficient"], maps
 
 

@@ -480,6 +480,39 @@ class TestEverything:
             assert len(alone.rles) == len(result.rles) > 0
             assert all(iou(a, b) > 0.999 for a, b in zip(pixels(alone), pixels(result), strict=True))
 
+    def test_of_doubles_the_one_that_needed_no_tidying_stays(self, weights: Path) -> None:
+        """Upstream's postprocess_small_regions, on masks of nearly one box."""
+        from segment_anything import SamAutomaticMaskGenerator
+        from segment_anything.utils.amg import MaskData, batched_mask_to_box, mask_to_rle_pytorch
+
+        found = np.zeros((3, 60, 80), bool)
+        found[0, 10:40, 10:50] = True
+        found[0, 20:22, 20:22] = False  # a hole, in the mask that is rated best
+        found[1, 10:41, 10:50] = True
+        found[2, 30:58, 40:78] = True
+        found[2, 1:3, 1:3] = True  # an island
+        boxes = torch.from_numpy(found)
+        data = MaskData(rles=mask_to_rle_pytorch(boxes), boxes=batched_mask_to_box(boxes), at=torch.arange(3))
+        expected = SamAutomaticMaskGenerator.postprocess_small_regions(data, 30, 0.7)
+        crop = (0, 0, 80, 60)
+        candidates = [sam._Candidate(m, r, crop) for m, r in zip(masks.coded(boxes), (0.9, 0.8, 0.7), strict=True)]
+        frame = sam._Frame.of((60, 80), SIDE)
+        task = sam._Task((60, 80), [sam._View(crop, frame, None, None, "", [])], None)
+        model = load(weights, min_mask_region_area=30, box_nms_thresh=1.0, crop_nms_thresh=0.0)
+        kept = model._without_doubles(candidates, task)
+        assert [c.rating for c in kept] == [0.8, 0.9, 0.7]  # nothing overlaps by more than 1
+        model = load(weights, min_mask_region_area=30, box_nms_thresh=0.98, crop_nms_thresh=0.0)
+        assert len(model._without_doubles(candidates, task)) == 3
+        # Let the doubles through the first look, at their ratings, and not the last.
+        model = load(weights, min_mask_region_area=30, box_nms_thresh=0.7)
+        before = sam._suppressed
+        looks = iter([lambda c, scores, threshold: list(c), before])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sam, "_suppressed", lambda *given: next(looks)(*given))
+            kept = model._without_doubles(candidates, task)
+        assert [c.rating for c in kept] == [[0.9, 0.8, 0.7][i] for i in expected["at"].tolist()] == [0.8, 0.7]
+        assert [c.mask.area for c in kept] == [sum(one["counts"][1::2]) for one in expected["rles"]]
+
     def test_nothing_that_passes(self, weights: Path, pictures: list[np.ndarray]) -> None:
         result = run(load(weights, points_per_side=2, pred_iou_thresh=1.0), pictures[0], {})
         assert result.labels == ()
@@ -538,25 +571,24 @@ class TestEncodings:
 
     def test_prompts_share_it_and_contents_do_not(self, weights: Path, pictures: list[np.ndarray]) -> None:
         shelf = Shelf()
-        picture = pictures[0]
+        picture, changed = pictures[0], pictures[0].copy()
+        changed[-1, -1, 0] ^= 1
 
-        def encodes(uri: str, fingerprint: str, data: dict[str, Any], **more: Any) -> int:
+        def encodes(data: dict[str, Any], pixels: np.ndarray = picture, uri: str = "file:///a", **more: Any) -> int:
             model = load(weights, shelf, **more)
-            model.infer([model.prepare(picture, Item("key", uri, fingerprint, data))])
+            model.infer([model.prepare(pixels, Item("key", uri, f"of {uri} and {data}", data))])
             model.close()
             return model.encoded
 
         box, point = {"boxes": some_boxes(picture, 1)}, {"points": [[4, 5]]}
-        assert encodes("file:///a", "1", box) == 1
-        assert encodes("file:///a", "1", point) == 0
-        assert encodes("file:///a", "2", point) == 1
-        assert encodes("file:///b", "1", point) == 1
-        assert encodes("file:///a", "1", point | {"crop": [0, 0, 9, 9]}) == 1
-        assert encodes("file:///a", "1", {}, points_per_side=2) == 0
-        assert encodes("file:///a", "1", {}, points_per_side=2, crop_n_layers=1) == 4
-        assert encodes("file:///a", "1", {}, points_per_side=2, crop_n_layers=1) == 0
-        assert encodes("", "", point) == 1
-        assert len(shelf.kept) == 8
+        assert encodes(box) == 1
+        assert encodes(point) == 0
+        assert encodes(point, uri="file:///b") == 0
+        assert encodes(point, changed) == 1
+        assert encodes({}, points_per_side=2) == 0
+        assert encodes({}, points_per_side=2, crop_n_layers=1) == 4
+        assert encodes({}, points_per_side=2, crop_n_layers=1) == 0
+        assert len(shelf.kept) == 6
 
     def test_damaged_ones_are_made_again(self, weights: Path, pictures: list[np.ndarray]) -> None:
         shelf = Shelf()
@@ -579,7 +611,8 @@ class TestEncodings:
         model = load(weights, shelf)
         picture = pictures[0]
         for start in range(0, 40, 8):
-            batch = [prepared(model, picture, {"points": [[4, 5]]}, f"k{i}") for i in range(start, start + 8)]
+            shifted = [np.roll(picture, i, axis=1) for i in range(start, start + 8)]
+            batch = [prepared(model, pixels, {"points": [[4, 5]]}, "key") for pixels in shifted]
             assert all(isinstance(result, Result) for result in model.infer(batch))
         assert model.encoded == 40
         assert not shelf.kept
