@@ -334,7 +334,7 @@ def _conclude(home: Home, status: Status, options: dict[str, Any], notes: list[s
     labels = index.label_counts(home.db, status.recipe_id)
     sheet = _contact_sheet(home, status)
     if options["out"]:
-        format_name = "coco" if status.kind in ("detections", "masks") else "parquet"
+        format_name = {"detections": "coco", "masks": "coco", "image": "images"}.get(status.kind, "parquet")
         _export(home, status.id, format_name, options["out"], {}, _Show(quiet=True))
     if options["as_json"]:
         extra = {
@@ -592,7 +592,7 @@ def failures(job: str, limit: int, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("job", default="latest")
-@click.option("--format", "format_name", required=True, help="coco, yolo or parquet.")
+@click.option("--format", "format_name", required=True, help="coco, yolo, parquet or images.")
 @click.option("--to", "destination", required=True, help="A folder, or an s3:// prefix.")
 @click.option("--option", "extra", multiple=True, metavar="NAME=VALUE", help="An option of the format.")
 @click.option("--quiet", is_flag=True, help="No progress.")

@@ -1,40 +1,186 @@
-"""Runs every benchmark of this folder that needs nothing but this machine, one after another.
+"""imagemill against its limit and against everyone else, on the same pictures and weights, in interleaved rounds.
 
-    make bench        (or: python -P benchmarks/run.py [name ...])
+    make bench                      five rounds, then benchmarks/RESULTS.md is written
+    make bench ARGS=--quick         one short round, to see that it runs; writes nothing
+    make bench-peers                first, to have Ray Data measured too
 
-Each is a script that can be run by itself; what it measures and how stands in its first lines. Figures of a shared or
-noisy machine mean nothing by themselves: compare within one run, quote ratios.
+What the ratios mean stands at the top of RESULTS.md; what is measured is listed in `measures`. The other scripts of this
+folder are run by themselves.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
-import platform
-import subprocess
+import shutil
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).resolve().parent
-LEFT_OUT = {"run.py", "gpu.py"}  # gpu.py wants a GPU
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common, table, workloads
+from benchmarks.common import Figures, Measure
+from benchmarks.mill import Mill
+
+KINDS = (("torch", "fp32"), ("torch", "bf16"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+BENCH_PYTHON = common.ROOT / ".venv-bench" / "bin" / "python"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        rounds: of which the median is taken.
+        pictures: of a job.
+        peer_pictures: of a run of a peer, which is timed after its first batch.
+        tiny: items of a job without pictures worth the name.
+        seconds: for each part.
+    """
+
+    rounds: int = 5
+    pictures: int = 640
+    peer_pictures: int = 240
+    tiny: int = 20_000
+    seconds: float = 5
+
+
+QUICK = Plan(rounds=1, pictures=32, peer_pictures=24, tiny=1000, seconds=0.5)
 
 
 def main() -> int:
-    """Run the named benchmarks, or all; exit code 1 when one of them fails."""
-    wanted = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.py") if path.name not in LEFT_OUT)
-    load = f"load {os.getloadavg()[0]:.1f}"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {load}")
-    failed = []
-    for name in wanted:
-        print(f"\n== {name}", flush=True)
-        if subprocess.run([sys.executable, "-P", str(HERE / f"{name}.py")], env=_environment(), check=False).returncode:
-            failed.append(name)
-    if failed:
-        print(f"\nfailed: {', '.join(failed)}")
-    return 1 if failed else 0
+    """Make pictures and weights, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument("--rounds", type=int, help="instead of five")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measures with this in their names")
+    parser.add_argument("--out", type=Path, help="the file to write; default RESULTS.md, none with --quick or --only")
+    arguments = parser.parse_args()
+    plan = QUICK if arguments.quick else Plan()
+    count = arguments.rounds or plan.rounds
+    partial = arguments.quick or bool(arguments.only)
+    out = arguments.out or (None if partial else common.HERE / "RESULTS.md")
+    title = [f"{count} round(s), jobs of {plan.pictures} pictures, batch {workloads.BATCH}", *common.machine()]
+    started = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="imagemill-bench-"))
+    try:
+        made = folder / "made"
+        made.mkdir()
+        common.child("workloads.py", str(made), "--pictures", str(plan.pictures))
+        workloads.write_manifest(folder / "tiny.csv", made / "tiny.ppm", plan.tiny)
+        with Mill(folder / "home") as mill:
+            wanted = [one for one in measures(made, mill, plan) if arguments.only in one.label]
+            taken, without = common.rounds(wanted, count, functools.partial(print, flush=True))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    title.append(f"took {(time.monotonic() - started) / 60:.0f} minutes; load at the end {os.getloadavg()[0]:.1f}")
+    text = table.text(title, taken, without)
+    print(f"\n{text}")
+    if out:
+        out.write_text(text)
+    return 0
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HERE.parent)}
+def measures(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
+    """Everything that is measured, in the order of a round."""
+    return [
+        *_parts(folder, plan),
+        *_ours(folder, mill, plan),
+        *_peers(folder, plan),
+    ]
+
+
+def _child(script: str, *arguments: Any, **options: Any) -> Callable[[], Figures]:
+    return functools.partial(common.child, script, *map(str, arguments), **options)
+
+
+def _parts(folder: Path, plan: Plan) -> list[Measure]:
+    found = []
+    brief = ("--seconds", plan.seconds)
+    for workload in workloads.WORKLOADS:
+        for runtime, precision in KINDS if workload != "stub" else ():
+            how = ("--workload", workload, "--runtime", runtime, "--precision", precision)
+            take = _child("parts.py", "forward", folder, *how, *brief)
+            found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, take))
+        take = _child("parts.py", "prepare", folder, "--workload", workload, *brief)
+        found.append(Measure(workload, "prepare", "", "", take))
+    decode = functools.cache(_child("parts.py", "decode", folder, *brief))  # one figure serves all workloads of a round
+    for workload in workloads.WORKLOADS:
+        fresh = workload == next(iter(workloads.WORKLOADS))
+        found.append(Measure(workload, "decode", "", "", functools.partial(_once, decode, fresh)))
+    return found
+
+
+def _once(take: Any, fresh: bool) -> Figures:
+    if fresh:
+        take.cache_clear()
+    figures: Figures = take()
+    return figures
+
+
+def _ours(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
+    found = []
+    for workload, (_, kind, weights) in workloads.WORKLOADS.items():
+        model = str(folder / weights) if weights else "stub"
+        for runtime, precision in KINDS if weights else KINDS[:1]:
+            for shard_size in (64, 1024):
+                options = {
+                    "runtime": runtime,
+                    "precision": precision,
+                    "batch": workloads.BATCH,
+                    "shard_size": shard_size,
+                }
+                take = functools.partial(_warm_job, mill, kind, folder, model, options)
+                name = f"{runtime} {precision}, shards of {shard_size}"
+                found.append(Measure(workload, "imagemill", name, precision if weights else "", take))
+    for shard_size in (64, 1024):
+        take = functools.partial(mill.job, "detections", folder.parent / "tiny.csv", "stub", shard_size=shard_size)
+        found.append(Measure("stub, 2 x 2 pictures", "imagemill", f"shards of {shard_size}", "", take))
+    one = functools.partial(mill.job, "detections", folder / "few", "stub", batch=workloads.BATCH)
+    found.append(Measure("stub, one batch", "imagemill", "", "", one))
+    return found
+
+
+def _warm_job(mill: Mill, kind: str, folder: Path, model: str, options: dict[str, Any]) -> Figures:
+    """A job on a worker that holds the model: a job of one batch comes first."""
+    mill.job(kind, folder / "few", model, **options)
+    return mill.job(kind, folder / "pictures", model, **options)
+
+
+def _peers(folder: Path, plan: Plan) -> list[Measure]:
+    count = ("--count", plan.peer_pictures)
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    ultralytics = functools.partial(_child, "peers/ultralytics_predict.py", folder, *count)
+    tuned = {
+        "torch, all cores": ("fp32", ultralytics(env=threads)),
+        "ONNX export": ("fp32", ultralytics("--weights", workloads.EXPORTS["onnx"], env=threads)),
+        "OpenVINO export": ("bf16", ultralytics("--weights", workloads.EXPORTS["openvino"], env=threads)),
+    }
+    found = [Measure("yolov8n", "ultralytics", "as installed", "fp32", ultralytics())]
+    found += [Measure("yolov8n", "ultralytics tuned", name, *how) for name, how in tuned.items()]
+    for workload in ("dinov2", "yolos"):
+        for precision in ("fp32", "bf16"):
+            take = _child("peers/hf_pipeline.py", folder, "--workload", workload, "--precision", precision, *count)
+            found.append(Measure(workload, "HF pipeline", precision, precision, take))
+    for workload in ("yolov8n", "dinov2"):
+        for precision in ("fp32", "bf16"):
+            for reader in ("PIL", "cv2"):
+                how = ("--workload", workload, "--precision", precision, "--reader", reader)
+                take = _child("peers/dataloader.py", folder, *how, *count)
+                found.append(Measure(workload, "DataLoader", f"{reader} {precision}", precision, take))
+    return [*found, Measure("yolov8n", "Ray Data", "", "fp32", functools.partial(_ray, folder, count))]
+
+
+def _ray(folder: Path, count: tuple[str, int]) -> Figures:
+    if not BENCH_PYTHON.exists():
+        raise common.LeftOut("not installed; make bench-peers installs it")
+    return common.child("peers/ray_data.py", str(folder), *map(str, count), python=str(BENCH_PYTHON))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def read_file(path: Path, limit: int | None) -> bytes:
 
 def read_part(path: Path, offset: int, size: int) -> bytes:
     """`size` bytes of a regular file from `offset` on. Raises Unavailable when it ends before."""
-    with open_regular(path) as file:
+    with translated(str(path)), open_file(path) as file:
         there = os.fstat(file.fileno()).st_size
         if offset + size > there:  # before memory is taken for what is not there
             raise Unavailable(f"{str(path)!r} has {there} bytes, so not {size} from {offset} on: was it cut?")
@@ -43,16 +43,14 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
     return data
 
 
-@contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> BinaryIO:
     """A regular file, open for reading. Raises BadInput for a pipe or a device, without waiting for its other end."""
-    with (
-        translated(str(path)),
-        open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file,
-    ):
+    with translated(str(path)), contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise BadInput(f"refused to read {str(path)!r}: it is not a regular file")
-        yield file
+        stack.pop_all()
+        return file
 
 
 class FolderStore:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from jobs.spec import JobSpec
 from storage.errors import BadInput, ImagemillError, Misconfigured
@@ -16,7 +16,9 @@ from storage.settings import Settings
 from workers import models, runtimes, weights
 from workers.batches import BatchSize
 from workers.encodings import StoredEncodings
+from workers.engines import Engines
 from workers.models import Model, Site
+from workers.runtimes import Network, NotRunnable, Session
 
 log = logging.getLogger("imagemill.worker")
 
@@ -25,18 +27,29 @@ _HELD = 2  # models; the next job's may be loaded while the last batches of this
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on the device, and how many images it takes at once there."""
+    """A model on the device, and how many images it takes at once there.
+
+    Attributes:
+        runtime: that its networks run in; not the spec's when that one could not run them.
+    """
 
     key: str
     model: Model
     size: BatchSize
+    runtime: str = "torch"
 
 
 class Models:
-    """Loads models for specs. Called from the feeding thread; closing waits until nobody uses the model."""
+    """Loads models for specs. Called from the feeding thread; closing waits until nobody uses the model.
 
-    def __init__(self, store: Store, settings: Settings, device: str) -> None:
-        self.store, self.settings, self.device = store, settings, device
+    Args:
+        moving: called every few seconds while a runtime builds what it needs, to show that the process lives.
+    """
+
+    def __init__(
+        self, store: Store, settings: Settings, device: str, moving: Callable[[], None] = lambda: None
+    ) -> None:
+        self.store, self.settings, self.device, self._moving = store, settings, device, moving
         self._lock = threading.Lock()
         self._held: OrderedDict[str, Loaded] = OrderedDict()
         self._encodings = StoredEncodings(store, settings.encodings_bytes)
@@ -52,7 +65,8 @@ class Models:
             held = self._held.get(spec.model_key)
             if held is None:
                 self._make_room(in_use())
-                held = Loaded(spec.model_key, self._load(spec), self._size(spec))
+                model, runtime = self._load(spec)
+                held = Loaded(spec.model_key, model, self._size(spec), runtime)
                 self._held[spec.model_key] = held
             self._held.move_to_end(spec.model_key)
             held.size.asked = spec.batch
@@ -74,19 +88,16 @@ class Models:
                 return
             self._held.pop(key).model.close()
 
-    def _load(self, spec: JobSpec) -> Model:
+    def _load(self, spec: JobSpec) -> tuple[Model, str]:
+        """The model, and the runtime that its networks run in."""
         log.info("loading %s (%s, %s)", spec.model, spec.runtime, spec.precision)
         family = models.family(spec.family)
         card = models.card_for(spec.model, spec.family, spec.kind, spec.weights_sha256)
         path = None
         if spec.weights:
             path = weights.fetch(self.store, spec.weights, spec.weights_sha256, self.settings.cache_folder)
-        runtime = runtimes.get(spec.runtime)
-
-        def open_network(network: runtimes.Network) -> Any:
-            return runtime.open(network, self.device, spec.precision)
-
-        site = Site(self.device, open_network, spec.precision, spec.weights_sha256, self._encodings)
+        opener = _Opener(spec, self.device, self._engines(spec))
+        site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, self._encodings)
         try:
             model: Model = family.load(card, card.params(**spec.params), path, site)
         except ImagemillError:
@@ -95,4 +106,47 @@ class Models:
             raise Misconfigured(models.lacking(spec.family, error.name or str(error))) from error
         except Exception as error:
             raise BadInput(f"model {spec.model!r} could not be loaded: {type(error).__name__}: {error}") from error
-        return model
+        return model, opener.used()
+
+    def _engines(self, spec: JobSpec) -> Engines:
+        # All parameters, since a family alone knows which of them change its networks.
+        about = {
+            "weights": spec.weights_sha256,
+            "family": spec.family,
+            "kind": spec.kind,
+            "params": json.dumps(dict(spec.params), sort_keys=True),
+        }
+        return Engines(self.store, self.settings.cache_folder / "engines", about, self._moving)
+
+
+@dataclass
+class _Opener:
+    """Opens a model's networks in its job's runtime, or in the one that can run them, and remembers in which."""
+
+    spec: JobSpec
+    device: str
+    engines: Engines
+    _used: set[str] = field(default_factory=set)
+
+    def open(self, network: Network) -> Session:
+        """A session in the job's runtime, or else in torch. Raises BadInput or Misconfigured where that is no help."""
+        wanted = self.spec.runtime
+        if network.onnx is not None and wanted == runtimes.FALLBACK:
+            wanted = "onnx"  # torch has no module for a network that comes as a file
+        try:
+            session = self._open_in(wanted, network)
+        except NotRunnable as error:
+            if wanted == runtimes.FALLBACK or network.onnx is not None:
+                raise
+            log.warning("%s runs in %s instead of %s: %s", self.spec.model, runtimes.FALLBACK, wanted, error)
+            session = self._open_in(runtimes.FALLBACK, network)
+        return session
+
+    def _open_in(self, name: str, network: Network) -> Session:
+        session = runtimes.open_network(name, network, self.device, self.spec.precision, self.engines)
+        self._used.add(name)
+        return session
+
+    def used(self) -> str:
+        """The runtimes of all networks that were opened, the job's own for a model that opens none."""
+        return "+".join(sorted(self._used)) or self.spec.runtime

@@ -30,7 +30,7 @@ from storage.errors import BadInput, ImagemillError, ItemFailed, Misconfigured, 
 from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import Outcome
-from workers import faults, images, provenance
+from workers import faults, images, provenance, videos
 from workers.incarnation import Incarnation
 from workers.inhand import Ready, Room, Run, attempt_prefix
 from workers.loaded import Models
@@ -118,7 +118,7 @@ class Stream:
 
     def _read(self, run: Run, uri: str) -> bytes:
         try:
-            data = objects.read(uri, self.settings, self.settings.max_image_bytes)
+            data = self._bytes(uri)
         except NotFound as error:
             raise ItemFailed("fetch", "not-found", str(error)) from error
         except BadInput as error:
@@ -135,11 +135,16 @@ class Stream:
         faults.point("fetched")
         return data
 
+    def _bytes(self, uri: str) -> bytes:
+        if uri.startswith("frame:"):
+            return videos.read(uri, self.settings)
+        return objects.read(uri, self.settings, self.settings.max_image_bytes)
+
     def _is_outage(self, run: Run) -> bool:
         """Whether nothing can be read, not even what could be before; else the objects that failed are to blame."""
         try:
             if self.readable:
-                objects.read(self.readable, self.settings, self.settings.max_image_bytes)
+                self._bytes(self.readable)
             else:
                 self.store.get(run.claim.manifest_key)
         except Unavailable:
@@ -183,8 +188,10 @@ class Stream:
         try:
             with run.timed("decode"):
                 picture = self._pictures.decode(data)
-            size = (picture.width, picture.height)
-            return size, _prepared(run, picture.pixels, item)
+            pixels = picture.pixels
+            if "crop" in item.data:
+                pixels = images.crop(pixels, item.data["crop"])
+            return (pixels.shape[1], pixels.shape[0]), _prepared(run, pixels, item)
         finally:
             self._decoded.give(nbytes)
 
@@ -227,7 +234,7 @@ class Stream:
         failures = [o for o in run.outcomes.values() if o.failure is not None and o.failure.reason == UNAVAILABLE]
         for outcome in 3 * failures[:_OUTAGE_FETCHES]:
             try:
-                objects.read(outcome.uri, self.settings, self.settings.max_image_bytes)
+                self._bytes(outcome.uri)
             except Unavailable:
                 continue
             except ImagemillError:
@@ -309,8 +316,6 @@ def _pictures(settings: Settings, threads: int) -> images.Here | Sandbox:
 def _prepared(run: Run, image: images.Pixels | None, item: Item) -> Prepared | ItemFailed:
     """What the model makes of an item, or what is wrong with it; never an exception, so that its size is kept."""
     try:
-        if image is not None and "crop" in item.data:
-            image = images.crop(image, item.data["crop"])
         with run.timed("prepare"):
             return run.loaded.model.prepare(image, item)
     except ItemFailed as error:

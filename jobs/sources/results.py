@@ -197,22 +197,24 @@ def _shown(outcome: Outcome, view: View, store: Store, key: str) -> Iterator[Ima
             yield ImageRef(outcome.key, outcome.uri, outcome.fingerprint)
     elif view.shown == "boxes":
         data = {
-            "boxes": [box for box, _, _ in chosen],
-            "scores": [score for _, score, _ in chosen],
-            "labels": [label for _, _, label in chosen],
+            "boxes": [box for box, _, _, _ in chosen],
+            "scores": [score for _, score, _, _ in chosen],
+            "labels": [label for _, _, label, _ in chosen],
+            "class_ids": [number for _, _, _, number in chosen],
         }
         yield _with_data(outcome.key, outcome, data)
     else:
-        for i, (box, score, label) in enumerate(chosen):
+        for i, (box, score, label, _) in enumerate(chosen):
             yield _with_data(f"{outcome.key}#{i}", outcome, {"crop": box, "score": score, "label": label})
 
 
-def _chosen(result: Any, view: View) -> list[tuple[list[float], float, str]]:
-    """(box, score, label) of what was found and is wanted; for a kind without boxes the boxes are empty."""
+def _chosen(result: Any, view: View) -> list[tuple[list[float], float, str, int]]:
+    """(box, score, label, class id) of what was found and is wanted; for a kind without boxes the boxes are empty."""
     labels: Sequence[str] = getattr(result, "labels", ())
     scores = result.scores.tolist() if hasattr(result, "scores") else [1.0] * len(labels)
     boxes = result.boxes_xyxy.tolist() if hasattr(result, "boxes_xyxy") else [[] for _ in labels]
-    found = zip(boxes, scores, labels, strict=True)
+    numbers = result.class_ids.tolist() if hasattr(result, "class_ids") else [0] * len(labels)
+    found = zip(boxes, scores, labels, numbers, strict=True)
     return [f for f in found if f[1] >= view.min_score and view.label in ("", f[2])]
 
 

@@ -17,7 +17,7 @@ import heapq
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from jobs.sources import ImageRef, escaped_key, stat_fingerprint
 from storage.errors import BadInput, Misconfigured, NotFound
-from storage.folder import open_regular
+from storage.folder import open_file, translated
 from storage.objects import local_path
 from storage.settings import Settings, masked
 
@@ -108,13 +108,24 @@ def chosen(times: Iterable[int], tick_s: Fraction, sampling: Sampling) -> Iterat
             yield pts
 
 
+class BadVideo(Exception):
+    """What a file is that is no video; one line."""
+
+
 def open_video(file: BinaryIO) -> Any:
-    """PyAV's container of a video. Raises Misconfigured without PyAV, av.FFmpegError for what is no video."""
+    """PyAV's container of a video. Raises Misconfigured without PyAV, BadVideo for what is no video."""
     try:
         import av
     except ImportError:
         raise Misconfigured("reading videos needs PyAV; install it with: pip install 'imagemill[models]'") from None
-    return av.open(file, options={"format_whitelist": _FORMATS})
+    try:
+        container = av.open(file, options={"format_whitelist": _FORMATS})
+    except av.FFmpegError as error:
+        raise BadVideo(f"FFmpeg finds no video in it of the formats {_FORMATS}: {error.strerror}") from error
+    if container.streams.best("video") is None:
+        container.close()
+        raise BadVideo("there are no pictures in it")
+    return container
 
 
 def fingerprint_tag(fingerprint: str) -> str:
@@ -141,7 +152,7 @@ def _parts(uri: str) -> tuple[str, Sampling]:
         name, _, query = text.rpartition("?")
     if not name.rstrip("/").lower().endswith(SUFFIXES):
         raise BadInput(
-            f"cannot read {masked(uri)!r}: expected video:clip.mp4?fps=2 or ?every=30, with one of {', '.join(SUFFIXES)}"
+            f"cannot read {masked(uri)!r}: expected video:clip.mp4?fps=2 or ?every=30, a {', '.join(SUFFIXES)}"
         )
     where = _on_s3(name) if name[:5].lower() == "s3://" else _local(name)
     return where, _sampling(query)
@@ -201,8 +212,6 @@ def _listed(where: str, sampling: Sampling, settings: Settings) -> Iterator[Imag
     name = os.path.basename(_path(where) or where)
     with _opened(where, settings) as (file, uri, fingerprint), _container(file, where) as container:
         stream = container.streams.best("video")
-        if stream is None:
-            raise BadInput(f"video {where!r} has no pictures; give one that has")
         tag = fingerprint_tag(fingerprint)
         first = last = None
         for pts in chosen(_times(container, stream, where), stream.time_base, sampling):
@@ -222,7 +231,7 @@ def _opened(where: str, settings: Settings) -> Iterator[tuple[BinaryIO, str, str
         if path is not None:
             # The target's own name goes into the URIs, so that moving a link later leads nobody elsewhere.
             real = Path(os.path.realpath(path))
-            with open_regular(real) as file:
+            with translated(where), open_file(real) as file:
                 yield file, real.as_uri(), stat_fingerprint(os.fstat(file.fileno()))
             return
         from storage import s3
@@ -244,8 +253,8 @@ def _container(file: BinaryIO, where: str) -> Iterator[Any]:
         container = open_video(file)
     except Misconfigured as error:
         raise BadInput(str(error)) from None
-    except (ValueError, ArithmeticError, LookupError) as error:
-        raise _damaged(where, f"no video in one of the formats {_FORMATS} ({type(error).__name__})") from error
+    except BadVideo as error:
+        raise _damaged(where, str(error)) from error
     with container:
         yield container
 
@@ -254,26 +263,74 @@ def _times(container: Any, stream: Any, where: str) -> Iterator[int]:
     """The pts of all frames that are shown, in order of time, from the packets that they are stored in."""
     import av
 
-    waiting: list[int] = []
-    last = None
-    end = Fraction(0)
+    end: list[Fraction] = [Fraction(0)]
+    found = False
     try:
-        for packet in container.demux():
-            if not packet.size:
-                continue
-            end = max(end, _end_of(packet))
-            if packet.stream_index != stream.index or packet.is_discard:  # discarded: cut away by an edit list
-                continue
-            if packet.pts is None:
-                raise _damaged(where, "it has frames without a time")
-            heapq.heappush(waiting, packet.pts)
-            if len(waiting) > _REORDERED:
-                last = yield from _next(waiting, last, where)
+        for pts in in_order(_stored(container, stream, where, end)):
+            found = True
+            yield pts
+    except _Backwards as error:
+        raise _damaged(where, str(error)) from None
     except av.FFmpegError as error:
         raise _damaged(where, f"it cannot be read to its end ({error.strerror})") from error
+    if not found:
+        raise _damaged(where, "there is no frame in it")
+    _check_end(container, end[0], where)
+
+
+def _stored(container: Any, stream: Any, where: str, end: list[Fraction]) -> Iterator[int]:
+    """The pts of all frames in the order in which they are stored; when the last packet ends goes into `end`."""
+    for packet in container.demux():
+        if not packet.size:  # the mark of the end
+            continue
+        if packet.pts is not None:
+            end[0] = max(end[0], Fraction((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != stream.index or packet.is_discard:  # discarded: cut away by an edit list
+            continue
+        if packet.pts is None:
+            raise _damaged(where, "it has frames without a time")
+        yield packet.pts
+
+
+class _Backwards(Exception):
+    """The times of a video are not in order."""
+
+
+def in_order(stored: Iterable[int]) -> Iterator[int]:
+    """Times sorted that were stored in the order of decoding, in which none is more than 32 places too late.
+
+    A time that comes twice is given once: nobody could tell the two frames apart.
+    """
+    waiting: list[int] = []
+    last: int | None = None
+    for pts in stored:
+        heapq.heappush(waiting, pts)
+        if len(waiting) > _REORDERED:
+            last = yield from _smallest(waiting, last)
     while waiting:
-        last = yield from _next(waiting, last, where)
-    _check_end(container, end, last, where)
+        last = yield from _smallest(waiting, last)
 
 
-def _next(waiting: list[int], last: int | None, where: str) -> Iterator[int]: ...
+def _smallest(waiting: list[int], last: int | None) -> Generator[int, None, int]:
+    pts = heapq.heappop(waiting)
+    if last is not None and pts < last:
+        raise _Backwards(f"its times go back, from {last} to {pts}")
+    if pts != last:
+        yield pts
+    return pts
+
+
+def _check_end(container: Any, end: Fraction, where: str) -> None:
+    """Raise BadInput for a video that ends long before its header says: FFmpeg takes that for its end."""
+    if not container.duration:
+        return
+    declared = Fraction(container.duration + (container.start_time or 0), 1_000_000)  # in microseconds
+    if declared - end > max(Fraction(_MISSING_S), _MISSING * declared):
+        raise _damaged(where, f"it says that it ends at {float(declared):.1f} s, but does so at {float(end):.1f} s")
+
+
+def _damaged(where: str, what: str) -> BadInput:
+    return BadInput(
+        f"video {where!r} is damaged: {what}; nothing was pruned: copy it again, or repair it with: "
+        "ffmpeg -fflags +genpts -i VIDEO -c copy repaired.mkv"
+    )

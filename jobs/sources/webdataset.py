@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, cast
 
 from jobs.sources import IMAGE_SUFFIXES, ImageRef, escaped_key, is_under, stat_fingerprint
 from storage.errors import BadInput, NotFound
-from storage.folder import open_regular
+from storage.folder import open_file, translated
 from storage.objects import local_path, part_of
 from storage.settings import Settings, masked
 
@@ -183,7 +183,7 @@ def _opened(tar: _Tar, allowed: list[str] | None, settings: Settings) -> Iterato
             f"tar {path!r} may not be read: it is a link that leads out of its folder; name the folder it leads to in "
             "IMAGEMILL_LOCAL_ROOTS to allow it"
         )
-    with open_regular(Path(real)) as file:
+    with translated(path), open_file(Path(real)) as file:
         info = os.fstat(file.fileno())
         yield _Open(file, info.st_size, Path(real).as_uri(), stat_fingerprint(info))
 

@@ -4,6 +4,7 @@ A format's file defines
 
     KINDS: frozenset[str]     the result kinds it can write
     OPTIONS                   option -> the values it may take, the default first
+    BLOBS                     True, where results that are files are to come with their bytes
     writer(output, labels, provenance, options)
                               a context manager around a Writer: append(outcome) for every item, and a clean exit puts
                               what is left. It holds no more of a recipe in memory than one shard's worth; what has to
@@ -123,7 +124,8 @@ def export(
     report = Report()
     with staged(destination, settings) as output:
         with module.writer(output, labels, provenance, chosen) as writing:
-            for outcome in _outcomes(db, store, recipe_id, lambda: on_progress(report)):
+            blobs = bool(getattr(module, "BLOBS", False))
+            for outcome in _outcomes(db, store, recipe_id, lambda: on_progress(report), blobs=blobs):
                 writing.append(outcome)
                 report.items += 1
                 report.failures += outcome.failure is not None
@@ -173,11 +175,13 @@ def _chosen(format: str, known: Mapping[str, tuple[Any, ...]], given: Mapping[st
     return chosen
 
 
-def _outcomes(db: Database, store: Store, recipe_id: int, after_shard: Callable[[], None]) -> Iterator[Outcome]:
+def _outcomes(
+    db: Database, store: Store, recipe_id: int, after_shard: Callable[[], None], *, blobs: bool
+) -> Iterator[Outcome]:
     """Every live item; each result object is read once, its sha256 checked, and let go before the next."""
     for found, live in index.snapshot(db, recipe_id):
         try:
-            outcomes, _ = shardfile.read(store, found.key, found.sha256)
+            outcomes, _ = shardfile.read(store, found.key, found.sha256, blobs=blobs)
         except NotFound as error:
             raise Unavailable(f"result object {found.key!r} of shard {found.shard_id} is gone: {error}") from error
         yield from (outcome for outcome in outcomes if outcome.position in live)

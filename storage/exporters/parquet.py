@@ -17,7 +17,7 @@ from storage import results, shardfile
 from storage.shardfile import Outcome
 from storage.staging import Output
 
-KINDS = frozenset(results.names())
+KINDS = frozenset(results.names()) - {"image"}  # whose bytes lie outside of the columns
 OPTIONS: Mapping[str, tuple[Any, ...]] = {}
 
 _PART_ROWS = 100_000

@@ -1,18 +1,73 @@
-"""The runtimes are found by folder; torch runs a network with any sizes, in each precision, and gives float32 back."""
+"""What every runtime must do: the same numbers as torch in float32, whatever the batch and size; a new file is picked up.
+
+Which runtimes run here is asked of them; those that need a GPU are tested for what they do without one.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 import subprocess
 import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from storage.errors import BadInput
-from workers import runtimes
-from workers.runtimes import PRECISIONS, Network
+from jobs.spec import JobSpec
+from storage.errors import BadInput, Misconfigured
+from storage.objects import open_store
+from storage.settings import load
+from tests.workers.models import test_conformance as families
+from workers import models, onnxgraph, runtimes
+from workers.engines import Engines
+from workers.loaded import Models
+from workers.models import Item, Site
+from workers.runtimes import PRECISIONS, Network, NotRunnable, tensorrt
+from workers.runtimes import onnx as onnx_runtime
 from workers.runtimes import torch as torch_runtime
+
+HERE = [name for name in runtimes.names() if runtimes.get(name).installed() and runtimes.precisions(name, "cpu")]
+PAIRS = [(name, precision) for name in HERE for precision in runtimes.precisions(name, "cpu")]
+BUILDERS = [name for name in HERE if name != "torch"]
+ROUNDING = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.005}  # as a share of the largest number
+
+
+class Kept:
+    """Files of one test session, built once; counts the builds."""
+
+    model: Mapping[str, str] = types.MappingProxyType({})
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._there, self.built = folder, {}, 0
+
+    def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        key = tuple(sorted(about.items()))
+        if key not in self._there:
+            self.built += 1
+            path = self._folder / f"{len(self._there)}-{name}"
+            build(path)
+            self._there[key] = path
+        return self._there[key]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    return Kept(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Two(torch.nn.Module):
@@ -30,11 +85,26 @@ class Two(torch.nn.Module):
 
 
 def network(build: Any = Two) -> Network:
-    return Network("two", build, {"images": torch.zeros(2, 3, 8, 8), "bias": torch.zeros(2)}, ("out", "best"))
+    sizes = {0: "batch", 2: "height", 3: "width"}
+    axes = {"images": sizes, "bias": {0: "batch"}, "out": sizes, "best": {0: "batch", 1: "height", 2: "width"}}
+    return Network("two", build, {"images": torch.zeros(2, 3, 8, 8), "bias": torch.zeros(2)}, ("out", "best"), axes)
+
+
+@functools.lru_cache(maxsize=1)
+def two() -> Two:
+    torch.manual_seed(0)
+    return Two().eval()
+
+
+def copied() -> Two:
+    """The same weights in a module of its own, as a family builds one for each runtime."""
+    module = Two()
+    module.load_state_dict(two().state_dict())
+    return module
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert "torch" in runtimes.names()
+    assert {"onnx", "openvino", "tensorrt", "torch"} <= set(runtimes.names())
     assert runtimes.get("torch") is not None
     assert runtimes.get("torch").installed()
     with pytest.raises(BadInput, match=r"unknown runtime 'cuda'; known: .*torch"):
@@ -48,11 +118,352 @@ import sys
 from workers import runtimes
 module = runtimes.get({name!r})
 assert callable(module.open) and isinstance(module.installed(), bool)
-heavy = {{"torch", "onnx", "onnxruntime", "openvino", "tensorrt"}} & set(sys.modules)
+assert runtimes.precisions({name!r}, "cpu") or runtimes.precisions({name!r}, "cuda")
+heavy = {{"torch", "onnx", "onnxruntime", "openvino", "tensorrt", "pycuda"}} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ every runtime here
+
+
+def opened(name: str, net: Network, precision: str, files: Any) -> runtimes.Session:
+    return runtimes.open_network(name, net, "cpu", precision, files)
+
+
+@pytest.mark.parametrize(("name", "precision"), PAIRS)
+def test_the_same_numbers_as_torch_whatever_the_batch_and_the_size(name: str, precision: str, files: Kept) -> None:
+    session = opened(name, network(copied), precision, files)
+    for shape in ((1, 3, 8, 8), (3, 3, 12, 20), (8, 3, 7, 5), (1, 3, 1, 1)):
+        images, bias = torch.randn(shape), torch.randn(shape[0])
+        out = session(images=images.contiguous(memory_format=torch.channels_last), bias=bias)
+        assert list(out) == ["out", "best"]
+        assert (out["out"].dtype, out["best"].dtype) == (torch.float32, torch.int64)
+        assert out["out"].device.type == "cpu"
+        with torch.no_grad():
+            expected = two()(images, bias)[0]
+        allowed = ROUNDING[precision] * float(expected.abs().max())
+        torch.testing.assert_close(out["out"], expected, atol=allowed, rtol=0)
+        assert torch.equal(out["best"], out["out"].argmax(1)) or precision != "fp32"
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_results_stay_when_the_next_come(name: str, files: Kept) -> None:
+    session = opened(name, network(copied), "fp32", files)
+    images = torch.randn(2, 3, 8, 8)
+    first = session(images=images, bias=torch.zeros(2))["out"]
+    kept = first.clone()
+    session(images=images + 1, bias=torch.ones(2))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_every_runtime_takes_inputs_by_name(name: str, files: Kept) -> None:
+    session = opened(name, network(copied), "fp32", files)
+    images, bias = torch.rand(2, 3, 8, 8), torch.tensor([1.0, -1.0])
+    assert torch.equal(session(images=images, bias=bias)["out"], session(bias=bias, images=images)["out"])
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_not_a_number_comes_out_as_such(name: str, files: Kept) -> None:
+    """Of the one image that has it: the others of its batch stay finite."""
+    images = torch.zeros(3, 3, 8, 8)
+    images[1] = torch.nan
+    out = opened(name, network(copied), "fp32", files)(images=images, bias=torch.zeros(3))["out"]
+    assert out.flatten(1).isfinite().all(1).tolist() == [True, False, True]
+
+
+def test_the_runtimes_share_one_file(tmp_path: Path) -> None:
+    files = Kept(tmp_path)
+    for name, precision in PAIRS:
+        opened(name, network(copied), precision, files)
+    assert files.built == 1
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_another_network_is_another_file(name: str, tmp_path: Path) -> None:
+    """Whatever the model says of itself, the shapes, the axes and the names are part of the key."""
+    net, files = network(copied), Kept(tmp_path)
+    opened(name, net, "fp32", files)
+    example = {"images": torch.zeros(2, 3, 16, 8), "bias": torch.zeros(2)}
+    opened(name, dataclasses.replace(net, example=example), "fp32", files)
+    opened(name, dataclasses.replace(net, name="other"), "fp32", files)
+    files.model = {"params": "other"}
+    opened(name, net, "fp32", files)
+    assert files.built == 4
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_what_cannot_be_exported_says_so(name: str, tmp_path: Path) -> None:
+    class Asks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    net = Network("asks", Asks, {"x": torch.zeros(2, 3)}, ("y",), {"x": {0: "batch"}, "y": {0: "batch"}})
+    with pytest.raises(NotRunnable, match="the network asks cannot be exported to ONNX") as caught:
+        opened(name, net, "fp32", Kept(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_an_axis_that_may_vary_but_does_not_is_noticed(name: str, tmp_path: Path) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.ones(2, 3)
+
+    net = Network("fixed", Fixed, {"x": torch.zeros(2, 3)}, ("y",), {"x": {0: "batch"}, "y": {0: "batch"}})
+    with pytest.raises(NotRunnable, match="fixed cannot be exported"):
+        opened(name, net, "fp32", Kept(tmp_path))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_wrong_export_is_noticed_and_not_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that computes something else while it is traced, by a thousandth."""
+
+    class Sly(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * (1.001 if torch.compiler.is_exporting() else 1.0)
+
+    net = Network("sly", Sly, {"x": torch.zeros(2, 3)}, ("y",), {"x": {0: "batch"}, "y": {0: "batch"}})
+    store = open_store((tmp_path / "store").as_uri(), load())
+    with pytest.raises(NotRunnable, match=r"differs by up to 0\.00\d+ in y"):
+        opened(name, net, "fp32", Engines(store, tmp_path / "cache", {}))
+    assert list(store.list()) == []
+
+
+def test_a_network_may_run_while_another_is_exported(tmp_path: Path) -> None:
+    """The last batches of one job run in their thread while the next job's model is made ready."""
+    session, images = torch_runtime.open(network(copied), "cpu", "fp32"), torch.randn(2, 3, 8, 8)
+    right, wrong, stop = session(images=images, bias=torch.zeros(2))["out"], [], threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            try:
+                if not torch.equal(session(images=images, bias=torch.zeros(2))["out"], right):
+                    wrong.append("other numbers")
+            except Exception as error:
+                wrong.append(repr(error))
+                raise
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        onnxgraph.export(network(copied), "fp32", tmp_path / "two.onnx")
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+
+
+def test_half_precision_is_exported_and_compared(tmp_path: Path) -> None:
+    onnxgraph.export(network(copied), "fp16", tmp_path / "two.onnx")
+    out = onnxgraph.opened(tmp_path / "two.onnx", 1)(images=torch.ones(1, 3, 8, 8), bias=torch.zeros(1))["out"]
+    expected = two()(torch.ones(1, 3, 8, 8), torch.zeros(1))[0]
+    assert 0 < float((out - expected).abs().max()) < 0.01
+
+
+def test_a_combination_that_cannot_be_names_those_that_can() -> None:
+    with pytest.raises(BadInput, match=r"onnx runs in fp32 on cpu, but bf16 was asked for; .*: openvino, torch"):
+        runtimes.check("onnx", "cpu", "bf16")
+    with pytest.raises(BadInput, match="openvino does not run on cuda, but fp16 .*: onnx, tensorrt, torch"):
+        runtimes.check("openvino", "cuda:0", "fp16")
+    with pytest.raises(BadInput, match="unknown precision 'int8'; known: fp32, bf16, fp16"):
+        runtimes.check("torch", "cpu", "int8")
+    for precision in PRECISIONS:
+        runtimes.check("torch", "cuda", precision)
+
+
+def test_a_runtime_that_is_not_installed_says_the_remedy(monkeypatch: pytest.MonkeyPatch, files: Kept) -> None:
+    for name in BUILDERS:
+        monkeypatch.setattr(runtimes.get(name), "installed", lambda: False)
+        with pytest.raises(Misconfigured, match=rf"{name} is not installed here; .*pip install 'imagemill\[onnx"):
+            opened(name, network(copied), "fp32", files)
+
+
+def test_cuda_that_is_not_there_is_no_silent_cpu(files: Kept, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    path = onnxgraph.exported(network(copied), files)
+    with pytest.raises(Misconfigured, match=r"does not run on CUDA here, only with .*CPUExecutionProvider"):
+        onnx_runtime._on_cuda(path, "cuda")
+    with pytest.raises(Misconfigured, match="does not run on CUDA here"):
+        onnx_runtime._check_provider(["CPUExecutionProvider"])
+    onnx_runtime._check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_memory_that_ran_out_is_known_as_such() -> None:
+    text = "[ONNXRuntimeError] : 6 : BFCArena: Failed to allocate memory for requested buffer of size 800"
+    assert isinstance(onnxgraph.translated(RuntimeError(text)), MemoryError)
+    assert not isinstance(onnxgraph.translated(RuntimeError("wrong shape")), MemoryError)
+
+
+# ------------------------------------------------------------------------------------------------ real networks
+
+# family -> names of its networks that are tested, parameters; sizes are those of the tiny weights' own tests
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "yolo": ("yolo", {"imgsz": 96}),
+    "dinov2": ("dinov2", {}),
+    "sam": ("encoder", {}),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
+    name, params = NETWORKS[request.param]
+    family, card = models.family(request.param), models.family(request.param).CARDS[0]
+    build = families.WEIGHTS[request.param]
+    assert build is not None
+    found: list[Network] = []
+
+    def open_network(net: Network) -> runtimes.Session:
+        found.append(net)
+        return torch_runtime.open(net, "cpu", "fp32")
+
+    family.load(card, card.params(**params), build(tmp_path_factory.mktemp(name)), Site("cpu", open_network))
+    return next(net for net in found if net.name == name)
+
+
+def _inputs(net: Network, batch: int, grown: int) -> dict[str, torch.Tensor]:
+    """Random inputs of a batch, every other axis that may vary larger by some steps of 32."""
+    torch.manual_seed(batch)
+    shapes = {name: list(tensor.shape) for name, tensor in net.example.items()}
+    for name, shape in shapes.items():
+        for step, axis in enumerate(net.dynamic_axes[name]):
+            shape[axis] = batch if axis == 0 else shape[axis] + 32 * grown * step
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_real_networks_give_in_every_runtime_what_torch_gives(real: Network, files: Kept) -> None:
+    """At batches of 1, 3 and 8, tall and wide."""
+    exact = torch_runtime.open(real, "cpu", "fp32")
+    sessions = {pair: opened(pair[0], real, pair[1], files) for pair in PAIRS if pair != ("torch", "fp32")}
+    for batch, grown in ((1, 0), (3, 1), (8, -1 if "yolo" in real.name else 0)):
+        inputs = _inputs(real, batch, grown)
+        right = exact(**inputs)
+        for (name, precision), session in sessions.items():
+            found = session(**inputs)
+            for output in real.outputs:
+                allowed = 4 * ROUNDING[precision] * float(right[output].abs().max())
+                text = f"{name} {precision} {output} {batch}"
+                torch.testing.assert_close(found[output], right[output], atol=allowed, rtol=0, msg=text)
+
+
+# ------------------------------------------------------------------------------------------------ a worker's models
+
+
+def spec(tmp_path: Path, **changes: Any) -> JobSpec:
+    """A job of the tiny yolo, its weights in the store."""
+    from workers import weights
+
+    store = open_store((tmp_path / "store").as_uri(), load())
+    path = families.WEIGHTS["yolo"](tmp_path)
+    sha256 = weights.sha256_of(path)
+    given = models.fill(models.family("yolo").CARDS[0], {"imgsz": 64})
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    base = {"dataset": "file:///x", "kind": "detections", "family": "yolo", "weights_sha256": sha256, "model": "y"}
+    return JobSpec(**{**base, "params": plain, "weights": weights.publish(store, path, sha256), **changes})
+
+
+def test_a_worker_opens_its_model_in_the_jobs_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second worker of the fleet exports nothing, and both find what torch finds."""
+    store = open_store((tmp_path / "store").as_uri(), load())
+    job = spec(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    answers = []
+    for i, runtime in enumerate(["torch", "onnx", "onnx", "openvino"]):
+        if i == 2:
+            monkeypatch.setattr(onnxgraph, "export", lambda *a: pytest.fail("it is exported already"))
+        cache = load().model_copy(update={"cache": tmp_path / str(i)})
+        held = Models(store, cache, "cpu")
+        loaded = held.get(dataclasses.replace(job, runtime=runtime))
+        assert loaded.runtime == runtime
+        answers += loaded.model.infer([loaded.model.prepare(image, Item("k"))])
+        held.close()
+    assert len(answers[0].labels) > 0
+    assert all(families.same(answers[0], answer) for answer in answers[1:])
+
+
+def test_a_network_that_a_runtime_cannot_run_runs_in_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("this operator\nis not known")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    held = Models(open_store((tmp_path / "store").as_uri(), load()), load().model_copy(), "cpu")
+    with caplog.at_level(logging.WARNING):
+        loaded = held.get(spec(tmp_path, runtime="onnx"))
+    assert loaded.runtime == "torch"
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert line.startswith("y runs in torch instead of onnx: the network yolo cannot be exported to ONNX: RuntimeError")
+    assert loaded.model.infer([loaded.model.prepare(np.zeros((48, 64, 3), np.uint8), Item("k"))])
+    with pytest.raises(BadInput, match="onnx runs in fp32 on cpu, but bf16"):
+        held.get(spec(tmp_path, runtime="onnx", precision="bf16"))
+
+
+# ------------------------------------------------------------------------------------------------ TensorRT without a GPU
+
+
+def test_a_profile_takes_what_may_vary() -> None:
+    profile = tensorrt.Profile.of(network())
+    assert str(profile) == "bias 1 8 32; images 1x3x1x1 8x3x8x8 32x3x8x8"
+    axes = {"images": {0: "batch", 2: "height", 3: "width"}}
+    net = Network("n", Two, {"images": torch.zeros(2, 3, 640, 640)}, ("out",), axes)
+    assert str(tensorrt.Profile.of(net)) == "images 1x3x32x32 8x3x640x640 32x3x640x640"
+    fixed = dataclasses.replace(net, dynamic_axes={})
+    assert str(tensorrt.Profile.of(fixed)) == "images 2x3x640x640 2x3x640x640 2x3x640x640"
+
+
+def test_a_profile_grows_when_a_size_is_outside() -> None:
+    profile = tensorrt.Profile({"x": ((1, 3, 32), (8, 3, 640), (32, 3, 640))})
+    assert profile.covers({"x": (1, 3, 32)})
+    assert profile.covers({"x": (32, 3, 640)})
+    for shape in ((33, 3, 64), (1, 3, 641), (1, 3, 31), (1, 3), (1, 4, 64)):
+        assert not profile.covers({"x": shape}), shape
+    wide = profile.widened({"x": (1, 3, 700)})
+    assert str(wide) == "x 1x3x32 8x3x640 32x3x1024"
+    assert str(profile.widened({"x": (1, 3, 16)})) == "x 1x3x16 8x3x640 32x3x640"
+    assert wide.covers({"x": (2, 3, 700)})
+    assert wide.covers({"x": (2, 3, 640)})
+
+
+def test_an_engine_is_named_by_all_that_it_depends_on() -> None:
+    profile = tensorrt.Profile({"x": ((1,), (8,), (32,))})
+    base = ("abc", profile, "fp16", "tensorrt 11.4", "H200 9.0")
+    others = [
+        ("abd", *base[1:]),
+        ("abc", profile.widened({"x": (33,)}), *base[2:]),
+        (*base[:2], "fp32", *base[3:]),
+        (*base[:3], "tensorrt 11.5", base[4]),
+        (*base[:4], "A10 8.6"),
+    ]
+    named = [str(tensorrt.about(*each)) for each in (base, *others)]
+    assert len(set(named)) == 6
+
+
+def test_the_plug_in_is_told_the_same_sizes(tmp_path: Path) -> None:
+    profile = tensorrt.Profile({"x": ((1, 3), (8, 3), (32, 3)), "y": ((1,), (8,), (32,))})
+    assert tensorrt.plugin_options(profile, tmp_path) == {
+        "nv_profile_min_shapes": "x:1x3,y:1",
+        "nv_profile_opt_shapes": "x:8x3,y:8",
+        "nv_profile_max_shapes": "x:32x3,y:32",
+        "nv_runtime_cache_path": str(tmp_path),
+    }
+    for known in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        tensorrt.check_capability(known)
+    with pytest.raises(NotRunnable, match=r"this GPU has 9\.0; install tensorrt instead"):
+        tensorrt.check_capability((9, 0))
+
+
+def test_tensorrt_that_is_missing_says_the_remedy(monkeypatch: pytest.MonkeyPatch, files: Kept) -> None:
+    monkeypatch.setattr(tensorrt, "installed", lambda: False)
+    with pytest.raises(Misconfigured, match=r"pip install 'imagemill\[onnx,gpu\]', or pip install onnxruntime-ep-nv"):
+        tensorrt.open(network(copied), "cuda", "fp16", files)
+
+
+# ------------------------------------------------------------------------------------------------ torch
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,8 +1,4 @@
-"""Knows YOLO detectors (v8, v10, 11, 26): the letterbox, what the head's numbers mean, and which boxes are kept.
-
-The network ends at the head's raw numbers, a distance distribution and class logits for each anchor point. They are
-turned into boxes here, in float32 and only for the few anchor points that pass the score threshold: so half precision
-costs no box accuracy, and a runtime compiles nothing that depends on the picture's size.
+"""Knows YOLO detectors (v8, v10, 11, 26): their checkpoints, and how a batch of pictures becomes boxes.
 
 Defaults and arithmetic follow `predict` of ultralytics 8.4, against which they are tested.
 """
@@ -11,87 +7,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints, ultralytics_checkpoints
-from workers.models import Card, Image, Item, Prepared, Site, nearest
+from workers import checkpoints, ultralytics_checkpoints, yolohead
+from workers.models import Card, Image, Item, Prepared, Site
 from workers.runtimes import Network, Session
+from workers.yolohead import Head, Params, check_labels
 
 REQUIRES = ("torch", "torchvision", "ultralytics", "cv2")
-
-_STRIDE = 32  # pixels; the coarsest feature map of all but the p6 models, and ultralytics' least padding unit
-_PAD_GREY = 114  # ultralytics LetterBox, padding_value
-_MAX_NMS = 30_000  # candidates of an image, ultralytics non_max_suppression, max_nms
-_CLASS_OFFSET = 7680.0  # pixels that move the classes apart, ultralytics non_max_suppression, max_wh
-_HEAD_TOP = 300  # candidates an NMS-free head gives at least, ultralytics Detect.max_det
-_CPU_NMS_BOXES = 1000  # a batch with fewer candidates an image is copied to the host first: one copy, no waiting
-
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Params:
-    """What a user may set; the defaults are those of ultralytics predict (ultralytics/cfg/default.yaml, 8.4).
-
-    Attributes:
-        conf: boxes score higher than this, 0..1.
-        iou: of two boxes of one class that overlap more than this, 0..1, the lower one goes.
-        imgsz: longer side of the network's input in pixels, a multiple of 32.
-        max_det: boxes of an image at most, the best ones.
-        classes: names of the labels to keep; none means all.
-        agnostic_nms: boxes of different classes suppress each other too.
-        nms: True takes the head trained for NMS; False the NMS-free head, which v10 and 26 have and v8 and 11 lack.
-    """
-
-    conf: float = 0.25
-    iou: float = 0.7
-    imgsz: int = 640
-    max_det: int = 300
-    classes: tuple[str, ...] = ()
-    agnostic_nms: bool = False
-    nms: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("conf", "iou"):
-            object.__setattr__(self, name, _share(name, getattr(self, name)))
-        _whole("imgsz", self.imgsz, 32, 8192)
-        _whole("max_det", self.max_det, 1, _MAX_NMS)
-        if self.imgsz % _STRIDE:
-            fit = max(_STRIDE, round(self.imgsz / _STRIDE) * _STRIDE)
-            raise ValueError(f"imgsz must be a multiple of {_STRIDE}, but got {self.imgsz}; the nearest is {fit}")
-        for name in ("agnostic_nms", "nms"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, but got {getattr(self, name)!r}")
-        object.__setattr__(self, "classes", _names(self.classes))
-
-
-def _share(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number from 0 to 1, but got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, but got {value!r}")
-    return float(value)
-
-
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, but got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, but got {value}")
-
-
-def _names(value: object) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) and v for v in value):
-        raise TypeError(f"classes must be a list of label names, but got {value!r}")
-    return tuple(value)
-
 
 _RELEASE = "https://github.com/ultralytics/assets/releases/download/v8.4.0/"
 _SIZES = {"yolov8": "nsmlx", "yolov10": "nsmblx", "yolo11": "nsmlx", "yolo26": "nsmlx"}
@@ -124,20 +52,12 @@ def describe(path: Path) -> tuple[str, ...]:
     return ultralytics_checkpoints.labels(path, "yolo", "detect")
 
 
-def check_labels(params: Params, labels: Sequence[str]) -> None:
-    """Raise BadInput when `classes` names a label the model does not have."""
-    for name in params.classes:
-        if name not in labels:
-            shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-            raise BadInput(f"the model has no class {name!r}{nearest(name, labels)}; it has: {shown}")
-
-
 def load(card: Card, params: Params, weights: Path, site: Site) -> Detector:
     """Check the local checkpoint (.pt), load it, and open its network on the device."""
     labels = describe(weights)
     check_labels(params, labels)
     first: list[Any] = [_Raw(weights, params.nms)]
-    head = _Head.of(first[0].module, labels)
+    head = Head.of(first[0].module, labels)
     if params.imgsz % head.padding:
         raise BadInput(f"{card.name} needs imgsz to be a multiple of {head.padding}, but got {params.imgsz}")
     # The module just loaded serves the first runtime; one that runs next gets its own, as runtimes change theirs.
@@ -168,11 +88,10 @@ class _Raw:
         checkpoints.check(weights, ALLOWED)
         model = ultralytics_checkpoints.load(weights)
         head = model.model[-1]
-        if not nms and getattr(head, "one2one_cv2", None) is None:
-            raise BadInput(f"{weights.name} has no NMS-free head; leave the parameter nms at true")
+        yolohead.branch(head, nms, weights.name)
         model.end2end = not nms  # before fuse, which drops the branch that is not used
         model.fuse(verbose=False)
-        head.forward = functools.partial(_raw_forward, head, head.one2many if nms else head.one2one)
+        head.forward = functools.partial(_raw_forward, head, yolohead.branch(head, nms, weights.name))
         self.module = model.eval()
 
 
@@ -182,44 +101,18 @@ def _raw_forward(head: Any, branch: dict[str, Any], features: list[Any]) -> tupl
     return raw["boxes"], raw["scores"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What the head's numbers mean.
-
-    Attributes:
-        strides: pixels between the anchor points of each feature map, finest first.
-        bins: values of each distance's distribution; 1 means the distance itself.
-    """
-
-    strides: tuple[int, ...]
-    bins: int
-
-    @property
-    def padding(self) -> int:
-        """Pixels of which both sides of the input are multiples."""
-        return max(_STRIDE, *self.strides)
-
-    @classmethod
-    def of(cls, module: Any, labels: Sequence[str]) -> _Head:
-        head = module.model[-1]
-        if head.nc != len(labels):
-            raise BadInput(f"the checkpoint names {len(labels)} classes, but its head has {head.nc}")
-        return cls(tuple(int(s) for s in head.stride.tolist()), int(head.reg_max))
-
-
 class Detector:
     """A YOLO network on one device."""
 
-    def __init__(self, params: Params, labels: tuple[str, ...], head: _Head, session: Session, device: str) -> None:
+    def __init__(self, params: Params, labels: tuple[str, ...], head: Head, session: Session, device: str) -> None:
         self._params, self._labels, self._head, self._device = params, labels, head, device
         self._session: Session | None = session
-        self._keep = [i for i, label in enumerate(labels) if label in params.classes]
 
     def prepare(self, image: Image | None, item: Item) -> Prepared:
         """Letterbox one picture; data is (height, width, 3) uint8 RGB, meta the original's (height, width)."""
         if image is None:
             raise ItemFailed("prepare", "no-image", "a detector looks at pictures, and this item has none")
-        data = letterbox(image, self._params.imgsz, self._head.padding)
+        data = yolohead.letterbox(image, self._params.imgsz, self._head.padding)
         return Prepared(data.shape[:2], data, data.nbytes, (image.shape[0], image.shape[1]))
 
     def infer(self, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
@@ -231,14 +124,12 @@ class Detector:
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            raw = self._session(images=self._tensor(batch))
-            distances, logits = raw["distances"], raw["logits"]
+            raw = self._session(images=yolohead.stacked(batch, self._device))
             # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
-            finite = (distances.flatten(1).sum(1) + logits.flatten(1).sum(1)).isfinite()
-            rows = self._boxes(distances, logits, batch[0].data.shape[:2])
-            if rows.is_cuda and len(rows) <= _CPU_NMS_BOXES * len(batch):
-                rows = rows.cpu()
-            kept = [self._suppressed(rows[rows[:, 0] == i, 1:]).cpu().numpy() for i in range(len(batch))]
+            finite = (raw["distances"].flatten(1).sum(1) + raw["logits"].flatten(1).sum(1)).isfinite()
+            shape = batch[0].data.shape[:2]
+            kept = yolohead.kept(raw, None, self._params, self._head, self._labels, shape)
+            kept = [rows.cpu().numpy() for rows in kept]
         return [
             self._result(found, image) if ok else _not_finite()
             for found, ok, image in zip(kept, finite.tolist(), batch, strict=True)
@@ -248,153 +139,11 @@ class Detector:
         """Let go of the network."""
         self._session = None
 
-    def _tensor(self, batch: Sequence[Prepared]) -> Any:
-        """(batch, 3, height, width) float32 in 0..1 on the device, channels last; the copy there is of bytes."""
-        import torch
-
-        pinned = self._device.startswith("cuda")
-        stacked = torch.empty((len(batch), *batch[0].data.shape), dtype=torch.uint8, pin_memory=pinned)
-        np.stack([item.data for item in batch], out=stacked.numpy())
-        return stacked.to(self._device, non_blocking=pinned).permute(0, 3, 1, 2).float().div_(255)
-
-    def _boxes(self, distances: Any, logits: Any, shape: tuple[int, int]) -> Any:
-        """Candidates (n, 7): image, x1, y1, x2, y2 in pixels of the padded input, score, class id."""
-        import torch
-
-        choose = _best_of_each_point if self._params.nms else _best_pairs
-        image, point, logit, class_id = choose(logits, self._params)
-        score = logit.sigmoid()
-        keep = score > self._params.conf
-        if self._params.classes:
-            keep &= torch.isin(class_id, torch.tensor(self._keep, device=class_id.device))
-        image, point, score, class_id = image[keep], point[keep], score[keep], class_id[keep]
-        boxes = _decoded(distances[image, :, point], point, self._head, shape)
-        return torch.cat([image[:, None], boxes, score[:, None], class_id[:, None]], 1)
-
-    def _suppressed(self, rows: Any) -> Any:
-        """The rows (n, 6) of one image that stay, best first."""
-        if not self._params.nms:
-            return rows[: self._params.max_det]  # the head gave them best first
-        from torchvision.ops import nms
-
-        if len(rows) > _MAX_NMS:
-            rows = rows[rows[:, 4].argsort(descending=True)[:_MAX_NMS]]
-        offset = 0.0 if self._params.agnostic_nms else _CLASS_OFFSET
-        return rows[nms(rows[:, :4] + rows[:, 5:] * offset, rows[:, 4], self._params.iou)[: self._params.max_det]]
-
-    def _result(self, found: Floats, image: Prepared) -> Result:
+    def _result(self, found: yolohead.Floats, image: Prepared) -> Result:
         ids = found[:, 5].astype(np.int32)
-        boxes = to_original(found[:, :4], image.data.shape[:2], image.meta)
+        boxes = yolohead.to_original(found[:, :4], image.data.shape[:2], image.meta)
         return Result(boxes, found[:, 4].copy(), ids, tuple(self._labels[i] for i in ids.tolist()))
 
 
 def _not_finite() -> ItemFailed:
     return ItemFailed("infer", "not-finite", "the network gave NaN or infinity; try precision fp32")
-
-
-def _best_of_each_point(logits: Any, params: Params) -> tuple[Any, Any, Any, Any]:
-    """(image, anchor point, logit, class id) of the points whose best class may pass the threshold."""
-    import torch
-
-    best = logits.amax(1)
-    # A little below the threshold, since rounding the threshold must not lose what the sigmoid would pass.
-    image, point = (best > torch.tensor(params.conf).logit().item() - 1e-3).nonzero(as_tuple=True)
-    logit, class_id = logits[image, :, point].max(1)
-    return image, point, logit, class_id
-
-
-def _best_pairs(logits: Any, params: Params) -> tuple[Any, Any, Any, Any]:
-    """The same for an NMS-free head: each image's best pairs of point and class, best first.
-
-    As ultralytics' Detect.get_topk_index: the best points are found by their best class, then the best pairs among
-    them, so that one point may come with several classes; agnostic, each point comes with its best class only.
-    """
-    import torch
-
-    batch, classes, points = logits.shape
-    top = min(max(params.max_det, _HEAD_TOP), points)
-    image = torch.arange(batch, device=logits.device)[:, None].expand(-1, top)
-    score, point = logits.amax(1).topk(top, dim=1)
-    of_points = logits[image, :, point]  # (batch, top, classes)
-    if params.agnostic_nms:
-        class_id = of_points.argmax(2)
-    else:
-        score, pair = of_points.flatten(1).topk(top, dim=1)
-        point, class_id = point.gather(1, pair // classes), pair % classes
-    return image.flatten(), point.flatten(), score.flatten(), class_id.flatten()
-
-
-def _decoded(distances: Any, point: Any, head: _Head, shape: tuple[int, int]) -> Any:
-    """Distances (n, 4 * bins) from their anchor points to the four sides -> (n, 4) xyxy in pixels.
-
-    With several bins a distance is the mean of its distribution (Generalized Focal Loss, arXiv 2006.04388).
-    """
-    import torch
-
-    centres, strides = _points(head.strides, shape, str(distances.device))
-    if head.bins > 1:
-        weights = torch.arange(head.bins, dtype=distances.dtype, device=distances.device)
-        distances = distances.unflatten(1, (4, head.bins)).softmax(2) @ weights
-    centre = centres[point]
-    return torch.cat([centre - distances[:, :2], centre + distances[:, 2:]], 1) * strides[point]
-
-
-@functools.lru_cache(maxsize=128)
-def _points(strides: tuple[int, ...], shape: tuple[int, int], device: str) -> tuple[Any, Any]:
-    """Anchor points of an input of (height, width): (n, 2) xy in units of their stride, and (n, 1) strides.
-
-    One in the middle of each cell, row by row, finest feature map first.
-    """
-    import torch
-
-    centres, scales = [], []
-    for stride in strides:
-        rows, columns = shape[0] // stride, shape[1] // stride
-        y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
-        centres.append(torch.stack([x.flatten(), y.flatten()], 1))
-        scales.append(torch.full((rows * columns, 1), float(stride)))
-    return torch.cat(centres).to(device), torch.cat(scales).to(device)
-
-
-def _fitted(height: int, width: int, gain: float) -> tuple[int, int]:
-    """(height, width) after scaling, at least one pixel each."""
-    return max(round(height * gain), 1), max(round(width * gain), 1)
-
-
-def letterbox(image: Image, size: int, multiple: int) -> Image:
-    """Scale a picture to fit into size x size and pad it with grey to multiples, as ultralytics predict does.
-
-    The shorter side is padded to the next multiple only (LetterBox auto=True, what predict does for one picture), so
-    that no time is spent on grey; an odd pixel of padding goes to the right and to the bottom.
-    """
-    import cv2
-
-    height, width = image.shape[:2]
-    fitted = _fitted(height, width, min(size / height, size / width))
-    if fitted != (height, width):
-        image = cv2.resize(image, (fitted[1], fitted[0]), interpolation=cv2.INTER_LINEAR)
-    down, right = ((size - side) % multiple for side in fitted)
-    padded = np.full((fitted[0] + down, fitted[1] + right, 3), _PAD_GREY, np.uint8)
-    top, left = _half(down), _half(right)
-    padded[top : top + fitted[0], left : left + fitted[1]] = image
-    return padded
-
-
-def _half(padding: int) -> int:
-    """Pixels of padding that go to the left or the top."""
-    return round(padding / 2 - 0.1)
-
-
-def to_original(boxes: Floats, padded: tuple[int, int], original: tuple[int, int]) -> Floats:
-    """Boxes xyxy in the padded input -> in the original picture, clipped to it (ultralytics ops.scale_boxes).
-
-    Args:
-        boxes: (n, 4) pixels of the padded input.
-        padded, original: (height, width) of each.
-    """
-    height, width = original
-    fitted = _fitted(height, width, min(padded[0] / height, padded[1] / width))
-    shift = np.array([_half(padded[1] - fitted[1]), _half(padded[0] - fitted[0])] * 2, np.float32)
-    gain = np.array([fitted[1] / width, fitted[0] / height] * 2, np.float32)
-    moved: Floats = ((boxes - shift) / gain).astype(np.float32)
-    return moved.clip(0, np.array([width, height] * 2, np.float32))

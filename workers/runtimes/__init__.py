@@ -2,8 +2,12 @@
 
 A runtime's file defines
 
-    open(network, device, precision) -> Session
+    open(network, device, precision, files) -> Session     torch, which builds no files, takes none
     installed() -> bool
+    RUNS: Mapping[str, tuple[str, ...]]                     device -> precisions; torch, which runs all, has none
+    EXTRA: str                                              the extras of the package that bring its libraries
+
+`open` raises NotRunnable when the runtime cannot run this network; torch can run every one that has a module.
 """
 
 from __future__ import annotations
@@ -12,12 +16,18 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from storage.errors import BadInput
+from storage.errors import BadInput, ImagemillError, Misconfigured
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+FALLBACK = "torch"
+
+
+class NotRunnable(ImagemillError):
+    """This runtime cannot run this network; another one may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,8 @@ class Network:
         example: input name -> example tensor.
         outputs: names of the outputs.
         dynamic_axes: input or output name -> {axis: axis name} that may vary.
+        onnx: a file that is this network already, for one that comes as a file; its inputs and outputs have the names
+            above, and it runs in the precision that it was written in.
     """
 
     name: str
@@ -38,12 +50,32 @@ class Network:
     example: Mapping[str, Any]
     outputs: tuple[str, ...]
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    onnx: Path | None = None
 
 
 class Session(Protocol):
     """A network ready to run: tensors on the device in, tensors on the device out."""
 
     def __call__(self, **inputs: Any) -> dict[str, Any]: ...
+
+
+class Files(Protocol):
+    """Where a runtime keeps what it builds, so that it is built once for the whole fleet.
+
+    Attributes:
+        model: what a network depends on besides its name: weights, family, parameters.
+    """
+
+    model: Mapping[str, str]
+
+    def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        """The local file that `build(path)` writes, or has written somewhere before.
+
+        Args:
+            about: everything that the file's content depends on; another value is another file.
+            name: of the file, for people.
+        """
+        ...
 
 
 def names() -> list[str]:
@@ -56,3 +88,43 @@ def get(name: str) -> ModuleType:
     if name not in names():
         raise BadInput(f"unknown runtime {name!r}; known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def precisions(name: str, device: str) -> tuple[str, ...]:
+    """In which precisions a runtime runs on a device, () when it does not run there."""
+    runs: Mapping[str, tuple[str, ...]] = getattr(get(name), "RUNS", {"cpu": PRECISIONS, "cuda": PRECISIONS})
+    return runs.get(device.partition(":")[0], ())
+
+
+def check(name: str, device: str, precision: str) -> None:
+    """Raise BadInput when a runtime does not run on a device in a precision, naming what does."""
+    if precision not in PRECISIONS:
+        raise BadInput(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    able = precisions(name, device)
+    if precision in able:
+        return
+    others = ", ".join(other for other in names() if precision in precisions(other, device))
+    where = f"runs in {' or '.join(able)} on {device}" if able else f"does not run on {device}"
+    raise BadInput(f"the runtime {name} {where}, but {precision} was asked for; {precision} runs with: {others}")
+
+
+def open_network(name: str, network: Network, device: str, precision: str, files: Files) -> Session:
+    """Open a network in a runtime.
+
+    Raises:
+        BadInput: the runtime does not run on that device in that precision.
+        Misconfigured: its libraries are not installed.
+        NotRunnable: it cannot run this network.
+    """
+    check(name, device, precision)
+    runtime = get(name)
+    if not runtime.installed():
+        extra = getattr(runtime, "EXTRA", "worker")
+        raise Misconfigured(
+            f"the runtime {name} is not installed here; install it with: pip install 'imagemill[{extra}]'"
+        )
+    if name == "torch":
+        session: Session = runtime.open(network, device, precision)
+        return session
+    built: Session = runtime.open(network, device, precision, files)
+    return built

@@ -18,7 +18,7 @@ import torch
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints, ultralytics_checkpoints
+from workers import checkpoints, ultralytics_checkpoints, yolohead
 from workers.models import Card, Item, Site, fill, yolo
 from workers.models.yolo import Params
 from workers.runtimes import Network, Session
@@ -81,7 +81,7 @@ def checkpoint(folder: Path, series: str, samples: list[np.ndarray]) -> Path:
 
 def _spread(module: Any, head: Any, samples: list[np.ndarray]) -> None:
     """Fit the batch norms to pictures, then give the last layers the spread that training would."""
-    boxed = [yolo.letterbox(sample, SIZE, 32) for sample in samples]
+    boxed = [yolohead.letterbox(sample, SIZE, 32) for sample in samples]
     for norm in module.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.momentum = None  # running statistics become plain means
@@ -192,7 +192,7 @@ def assert_same(ours: Result, theirs: Any) -> None:
 
 def with_candidates(model: yolo.Detector, image: np.ndarray, count: int) -> yolo.Detector:
     """The same model with its threshold between the scores of the picture's best `count` anchor points and the rest."""
-    logits = model._session(images=model._tensor([model.prepare(image, Item("key"))]))["logits"]
+    logits = model._session(images=yolohead.stacked([model.prepare(image, Item("key"))], "cpu"))["logits"]
     best = logits.max(1).values.flatten().sigmoid().sort(descending=True).values
     count = min(count, len(best) // 2)
     picky = copy.copy(model)
@@ -254,7 +254,7 @@ def test_a_batch_gives_what_each_picture_gives_alone(models: Callable[[str], Pat
         np.testing.assert_allclose(single.scores, result.scores, rtol=1e-4)
 
 
-def fake(head: yolo._Head, distances: torch.Tensor, logits: torch.Tensor, **params: Any) -> yolo.Detector:
+def fake(head: yolohead.Head, distances: torch.Tensor, logits: torch.Tensor, **params: Any) -> yolo.Detector:
     """A detector whose network always gives these numbers."""
     labels = tuple(f"class {i}" for i in range(logits.shape[1]))
     out = {"distances": distances, "logits": logits}
@@ -267,7 +267,7 @@ def test_a_box_by_hand() -> None:
     logits[0, 1, 2 * 4 + 1] = 0.0
     distances = torch.zeros(1, 4, 21)
     distances[0, :, 2 * 4 + 1] = torch.tensor([0.5, 1.0, 1.0, 0.25])
-    model = fake(yolo._Head((8, 16, 32), 1), distances, logits)
+    model = fake(yolohead.Head((8, 16, 32), 1), distances, logits)
     result = alone(model, np.zeros((32, 32, 3), np.uint8))
     assert result.boxes_xyxy.tolist() == [[8.0, 12.0, 20.0, 22.0]]
     assert (result.labels, result.scores.tolist()) == (("class 1",), [0.5])
@@ -277,7 +277,7 @@ def test_the_threshold_itself_is_not_kept() -> None:
     logits = torch.full((1, 1, 21), -20.0)
     logits[0, 0, 3] = 0.0
     for conf, count in ((0.5, 0), (0.4999, 1), (0.0, 21), (1.0, 0)):
-        model = fake(yolo._Head((8, 16, 32), 1), torch.ones(1, 4, 21), logits, conf=conf, iou=1.0)
+        model = fake(yolohead.Head((8, 16, 32), 1), torch.ones(1, 4, 21), logits, conf=conf, iou=1.0)
         assert len(alone(model, np.zeros((32, 32, 3), np.uint8)).labels) == count
 
 
@@ -287,7 +287,7 @@ def test_an_infinite_number_fails_its_picture_only(nms: bool, bad: float) -> Non
     logits = torch.zeros(3, 2, 21)
     distances = torch.ones(3, 64, 21)
     distances[1, 5, 7] = bad
-    model = fake(yolo._Head((8, 16, 32), 16), distances, logits, nms=nms)
+    model = fake(yolohead.Head((8, 16, 32), 16), distances, logits, nms=nms)
     item = model.prepare(np.zeros((32, 32, 3), np.uint8), Item("key"))
     first, second, third = model.infer([item] * 3)
     assert isinstance(first, Result)
@@ -303,7 +303,7 @@ def test_nms_on_the_device_and_on_the_host_agree(
     image = pictures(assets)["odd"]
     model = with_candidates(loaded(models("yolov8n")), image, 300)
     usual = alone(model, image)
-    monkeypatch.setattr(yolo, "_CPU_NMS_BOXES", 0)
+    monkeypatch.setattr(yolohead, "_CPU_NMS_BOXES", 0)
     assert alone(model, image).labels == usual.labels
 
 
@@ -316,7 +316,9 @@ def test_letterbox_gives_the_pixels_of_ultralytics(shape: tuple[int, int], size:
         from ultralytics.data.augment import LetterBox
 
     image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
-    assert np.array_equal(yolo.letterbox(image, size, 32), LetterBox((size, size), auto=True, stride=32)(image=image))
+    assert np.array_equal(
+        yolohead.letterbox(image, size, 32), LetterBox((size, size), auto=True, stride=32)(image=image)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1080, 810), (333, 501), (37, 23), (1, 3000)])
@@ -324,10 +326,10 @@ def test_boxes_go_back_as_in_ultralytics(shape: tuple[int, int]) -> None:
     with ultralytics_checkpoints.library():
         from ultralytics.utils.ops import scale_boxes
 
-    padded = yolo.letterbox(np.zeros((*shape, 3), np.uint8), 640, 32).shape[:2]
+    padded = yolohead.letterbox(np.zeros((*shape, 3), np.uint8), 640, 32).shape[:2]
     boxes = np.random.default_rng(0).uniform(-50, 700, (40, 4)).astype(np.float32)
     theirs = scale_boxes(padded, torch.from_numpy(boxes.copy()), shape).numpy()
-    np.testing.assert_allclose(yolo.to_original(boxes, padded, shape), theirs, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(yolohead.to_original(boxes, padded, shape), theirs, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(

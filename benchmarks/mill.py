@@ -1,0 +1,95 @@
+"""imagemill as its users run it: a worker that stays, jobs through the console script, and what each job tells."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from benchmarks import common
+from benchmarks.common import Figures, LeftOut
+
+PROGRAM = Path(sys.executable).parent / "imagemill"
+COMMANDS = {"detections": "annotate", "embedding": "embed"}
+_START_S = 60
+
+
+class Mill:
+    """`imagemill up` in a home folder of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self._env = {**common.environment(), "IMAGEMILL_HOME": str(home)}
+        self._log = (home.parent / "imagemill.log").open("w")
+        command = [str(PROGRAM), "up", "--device", "cpu"]
+        self._up = subprocess.Popen(command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT)
+        self.pid = self._up.pid
+        self._has_runtimes = "--runtime" in self.output("annotate", "--help")
+        until = time.monotonic() + _START_S
+        while "cpu" not in self.output("workers", "--json"):
+            if time.monotonic() > until or self._up.poll() is not None:
+                self.close()
+                raise SystemExit(f"imagemill up did not start; see {self._log.name}")
+            time.sleep(0.2)
+
+    def output(self, *arguments: str) -> str:
+        """What the console script prints. Raises LeftOut with its last line when it fails."""
+        done = subprocess.run([PROGRAM, *arguments], env=self._env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise LeftOut(common.last_line(done.stderr) or common.last_line(done.stdout))
+        return done.stdout
+
+    def job(self, kind: str, dataset: Path, model: str, runtime: str = "torch", **options: Any) -> Figures:
+        """Run a job to its end.
+
+        Args:
+            options: of the command, such as precision="bf16" and shard_size=64.
+
+        Returns:
+            rate: items a second, from the first claim to the end, the last write and commit among it.
+            idle: share of that time, 0..1, in which the device waited between its first and last batch, if it had any.
+            claim_s: from the job's row to its first claim.
+            whole_s: from the job's row to its end.
+            command_s: from the start of the console script to its end.
+        """
+        if runtime != "torch" and not self._has_runtimes:
+            raise LeftOut("imagemill has no --runtime")
+        chosen = {**options, "runtime": runtime} if self._has_runtimes else options
+        flags = [part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        started = time.perf_counter()
+        text = self.output(COMMANDS[kind], str(dataset), "--model", model, "--force", "--json", *flags)
+        command_s = time.perf_counter() - started
+        status = json.loads(text)
+        if status["failures"] or status["results"] != status["planned"]:
+            raise LeftOut(f"only {status['results']} of {status['planned']} items have a result")
+        spent = json.loads(self.output("profile", str(status["id"]), "--json"))["seconds"]
+        seconds = status["finished_at"] - status["started_at"]
+        return {
+            "rate": status["results"] / seconds,
+            "idle": spent.get("idle", 0.0) / max(1e-9, spent.get("idle", 0.0) + spent.get("device", 0.0)),
+            "claim_s": status["started_at"] - status["created_at"],
+            "whole_s": status["finished_at"] - status["created_at"],
+            "command_s": command_s,
+        }
+
+    def close(self) -> None:
+        """Stop the worker and wait for its end."""
+        self._up.send_signal(signal.SIGTERM)
+        try:
+            self._up.wait(60)
+        except subprocess.TimeoutExpired:
+            self._up.kill()
+            self._up.wait()
+        self._log.close()
+
+    def __enter__(self) -> Mill:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,119 @@
+"""One part of the work, alone on all cores: the bare forward pass, decoding, or making pictures ready.
+
+    python -P benchmarks/parts.py forward FOLDER --workload yolov8n --runtime torch --precision bf16
+    python -P benchmarks/parts.py decode  FOLDER
+    python -P benchmarks/parts.py prepare FOLDER --workload dinov2
+
+FOLDER is what workloads.py wrote. The forward pass is given the very tensors that the family gives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from benchmarks.workloads import BATCH, WORKLOADS
+
+
+def main() -> None:
+    """Measure one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("forward", "decode", "prepare"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="yolov8n")
+    parser.add_argument("--runtime", default="torch")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--seconds", type=float, default=5)
+    arguments = parser.parse_args()
+    work = {"forward": forward, "decode": decode, "prepare": prepare}[arguments.part](arguments)
+    common.answer(rate=common.rate_of(work, arguments.seconds))
+
+
+def decode(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Bytes in memory to pixels."""
+    from workers import images
+
+    data = [path.read_bytes() for path in _paths(arguments)]
+    pool, limits = ThreadPoolExecutor(os.cpu_count()), images.Limits()
+    return lambda: len(list(pool.map(lambda one: images.decode(one, limits), data)))
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Pixels to what the device takes."""
+    model, _ = _load(arguments)
+    pictures, pool = _pixels(arguments), ThreadPoolExecutor(os.cpu_count())
+    return lambda: len(list(pool.map(lambda one: model.prepare(one, _item()), pictures)))
+
+
+def forward(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Tensors in, tensors out: the session of a runtime, and nothing around it."""
+    from workers import runtimes
+
+    if arguments.runtime not in runtimes.names():
+        common.leave_out(f"there is no runtime {arguments.runtime}")
+    if not runtimes.get(arguments.runtime).installed():
+        common.leave_out(f"the runtime {arguments.runtime} is not installed")
+    model, sessions = _load(arguments)
+    model.infer([model.prepare(one, _item()) for one in _pixels(arguments)[:BATCH]])
+    session = sessions[0]
+    return lambda: session.again() and BATCH
+
+
+class _Session:
+    """A session that remembers what it was given."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self._inputs = session, {}
+
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        self._inputs = inputs
+        return self.again()
+
+    def again(self) -> dict[str, Any]:
+        """Run the last inputs once more."""
+        outputs: dict[str, Any] = self._session(**self._inputs)
+        return outputs
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, list[_Session]]:
+    from workers import models, runtimes
+
+    family, kind, weights = WORKLOADS[arguments.workload]
+    card = models.card_for(arguments.workload, family, kind)
+    sessions: list[_Session] = []
+
+    def open_network(network: runtimes.Network) -> _Session:
+        sessions.append(_Session(runtimes.get(arguments.runtime).open(network, "cpu", arguments.precision)))
+        return sessions[-1]
+
+    site = models.Site("cpu", open_network, arguments.precision)
+    path = arguments.folder / weights if weights else None
+    return models.family(family).load(card, card.params(), path, site), sessions
+
+
+def _paths(arguments: argparse.Namespace) -> list[Path]:
+    return sorted((arguments.folder / "pictures").glob("*.jpg"))[:64]
+
+
+def _pixels(arguments: argparse.Namespace) -> list[Any]:
+    from workers import images
+
+    return [images.decode(path.read_bytes(), images.Limits()).pixels for path in _paths(arguments)[:32]]
+
+
+def _item() -> Any:
+    from workers.models import Item
+
+    return Item("picture")
+
+
+if __name__ == "__main__":
+    main()

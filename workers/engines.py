@@ -1,0 +1,292 @@
+"""Knows the engine cache: what runtimes build from networks, built once for the whole fleet, kept in the object store.
+
+    engines/<digest>/<sha256>       a built file, under the sha256 of its bytes
+    engines/<digest>/engine.json    what it is: written last, so that it names whole files only
+    engines/<digest>/building       somebody builds it: its content changes every few seconds, for as long as they live
+
+The digest names everything that the file depends on. Nobody owns the right to build: who sees that nobody's
+`building` changes builds, so that a builder that dies stops nobody, and two that start at once build twice, each a
+whole file of its own, of which engine.json names one. Only changes are looked at, no clocks are compared.
+
+Each machine keeps a folder of the same files, limited in size, whose bytes are compared with their sha256 at every
+use. Where the store does not answer, the machine builds for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.errors import ImagemillError, Misconfigured, NotFound
+from storage.objects import Store
+from workers.weights import sha256_of
+
+log = logging.getLogger("imagemill.worker")
+
+FOLDER = "engines/"
+LIMIT_BYTES = 20_000_000_000  # of a machine's folder
+
+_ENTRY = "engine.json"
+_BUILDING = "building"
+_NOTE = "sha256"  # on a machine, the file that holds the sha256 of the one beside it
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a build of somebody else's is waited for, in seconds.
+
+    Attributes:
+        renew: between two changes of `building`.
+        dead: without a change, after which its builder is taken for dead.
+        patience: of waiting in all, after which one builds for oneself.
+        look: between two looks.
+    """
+
+    renew: float = 5
+    dead: float = 30
+    patience: float = 1800
+    look: float = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One built file in the store.
+
+    Attributes:
+        digest: of `about`.
+        name: for people.
+        about: everything that the file depends on.
+        size: bytes.
+        sha256: of the file.
+        modified: seconds since the epoch, by the store's clock.
+    """
+
+    digest: str
+    name: str
+    about: Mapping[str, str]
+    size: int
+    sha256: str
+    modified: float = 0.0
+
+
+class Engines:
+    """What runtimes build for one model: `workers.runtimes.Files`.
+
+    Args:
+        folder: of this machine, shared by its processes.
+        model: what a network depends on besides its name.
+        moving: called every few seconds of building and waiting, to show that the process lives.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: Path,
+        model: Mapping[str, str],
+        moving: Callable[[], None] = lambda: None,
+        limit_bytes: int = LIMIT_BYTES,
+        pace: Pace = Pace(),
+    ) -> None:
+        self.model = model
+        self._store, self._folder, self._moving = store, folder, moving
+        self._limit, self._pace = limit_bytes, pace
+
+    def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        """The local file that `build(path)` writes, or has written for somebody in the fleet.
+
+        Raises what `build` raises.
+        """
+        digest = digest_of(about)
+        path = self._folder / digest / name
+        if self._is_whole(path):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entry = self._wait(digest)
+        if entry is None or not self._fetch(entry, path):
+            self._build(digest, about, path, build)
+        self._make_room(path.parent)
+        return path
+
+    # ------------------------------------------------------------------------------------------------ this machine
+
+    def _is_whole(self, path: Path) -> bool:
+        """Whether the file is here with the bytes that it was written with."""
+        try:
+            noted = (path.parent / _NOTE).read_text()
+            whole = sha256_of(path) == noted
+        except OSError:
+            return False
+        if whole:
+            with contextlib.suppress(OSError):  # another process is making room
+                os.utime(path.parent)
+        return whole
+
+    def _keep(self, temporary: Path, path: Path, sha256: str) -> None:
+        os.replace(temporary, path)
+        note = path.parent / f".{uuid.uuid4().hex}.tmp"
+        note.write_text(sha256)
+        os.replace(note, path.parent / _NOTE)
+
+    def _make_room(self, newest: Path) -> None:
+        """Remove the files used longest ago while all of them together are over the limit, the newest never."""
+        with contextlib.suppress(OSError):
+            folders = sorted((f for f in self._folder.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+            sizes = {f: sum(p.stat().st_size for p in f.iterdir()) for f in folders}
+            total = sum(sizes.values())
+            for folder in folders:
+                if total <= self._limit:
+                    return
+                if folder != newest:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    total -= sizes[folder]
+
+    # ------------------------------------------------------------------------------------------------ the store
+
+    def _wait(self, digest: str) -> Entry | None:
+        """The entry in the store, as soon as it is there; None when there is none and nobody is building it."""
+        until = time.monotonic() + self._pace.patience
+        seen, seen_at = b"", time.monotonic()
+        try:
+            while time.monotonic() < until:
+                if (entry := _entry(self._store, digest)) is not None:
+                    return entry
+                sign = _read(self._store, f"{FOLDER}{digest}/{_BUILDING}")
+                if sign is None:
+                    return None
+                if sign != seen:
+                    seen, seen_at = sign, time.monotonic()
+                elif time.monotonic() - seen_at > self._pace.dead:
+                    log.warning("who was building engine %s has stopped; building it here", digest[:12])
+                    return None
+                self._moving()
+                time.sleep(self._pace.look)
+        except ImagemillError as error:
+            log.warning("the engine cache cannot be read, so this machine builds for itself: %s", error)
+        return None
+
+    def _fetch(self, entry: Entry, path: Path) -> bool:
+        """Bring a file here, and compare its bytes with what the store says they are."""
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            self._store.get_file(f"{FOLDER}{entry.digest}/{entry.sha256}", temporary)
+            if sha256_of(temporary) != entry.sha256:
+                log.warning("engine %s in the store is damaged; building it again", entry.digest[:12])
+                return False
+            self._keep(temporary, path, entry.sha256)
+        except (ImagemillError, OSError) as error:
+            log.warning("engine %s cannot be fetched, so this machine builds it: %s", entry.digest[:12], error)
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _build(self, digest: str, about: Mapping[str, str], path: Path, build: Callable[[Path], None]) -> None:
+        started = time.monotonic()
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            with self._announced(digest):
+                build(temporary)
+                sha256 = sha256_of(temporary)
+                log.info("built %s in %.0f s", path.name, time.monotonic() - started)
+                self._publish(Entry(digest, path.name, about, temporary.stat().st_size, sha256), temporary)
+            self._keep(temporary, path, sha256)
+        except OSError as error:
+            raise Misconfigured(
+                f"cannot write the engine {path}: {error.strerror or error}; see IMAGEMILL_CACHE"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _publish(self, entry: Entry, path: Path) -> None:
+        shown: dict[str, Any] = {"name": entry.name, "about": entry.about, "size": entry.size, "sha256": entry.sha256}
+        try:
+            self._store.put_file(f"{FOLDER}{entry.digest}/{entry.sha256}", path)
+            self._store.put(f"{FOLDER}{entry.digest}/{_ENTRY}", json.dumps(shown, sort_keys=True).encode())
+        except ImagemillError as error:
+            log.warning("engine %s could not be kept for the fleet: %s", entry.name, error)
+
+    @contextlib.contextmanager
+    def _announced(self, digest: str) -> Iterator[None]:
+        """Say in the store that somebody builds, over and over, until it is done or this process dies."""
+        key, done = f"{FOLDER}{digest}/{_BUILDING}", threading.Event()
+        owner = uuid.uuid4().hex
+
+        def announce(count: int) -> None:
+            with contextlib.suppress(ImagemillError):  # then others build too, which is allowed
+                self._store.put(key, f"{owner} {count}".encode())
+
+        def go_on() -> None:
+            count = 1
+            while not done.wait(self._pace.renew):
+                announce(count)
+                self._moving()
+                count += 1
+
+        announce(0)
+        thread = threading.Thread(target=go_on, name="building", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            with contextlib.suppress(ImagemillError):
+                self._store.delete([key])
+
+
+def digest_of(about: Mapping[str, str]) -> str:
+    """Names what a file depends on: the sha256 of its canonical JSON."""
+    return hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()
+
+
+def entries(store: Store) -> list[Entry]:
+    """Every engine in the store, newest first."""
+    found = []
+    for stat in store.list(FOLDER):
+        if stat.key.endswith(f"/{_ENTRY}"):
+            entry = _entry(store, stat.key.removeprefix(FOLDER).partition("/")[0], stat.modified)
+            found += [entry] if entry else []
+    return sorted(found, key=lambda entry: entry.modified, reverse=True)
+
+
+def remove(store: Store, digests: Sequence[str]) -> int:
+    """Remove engines from the store; returns how many there were. Workers that hold one go on with it.
+
+    Args:
+        digests: whole ones, as `entries` gives them.
+    """
+    count = 0
+    for digest in digests:
+        keys = [stat.key for stat in store.list(f"{FOLDER}{digest}/")]
+        entry = f"{FOLDER}{digest}/{_ENTRY}"
+        count += entry in keys
+        store.delete([entry])  # first, so that it never names a file that is gone
+        store.delete([key for key in keys if key != entry])
+    return count
+
+
+def _entry(store: Store, digest: str, modified: float = 0.0) -> Entry | None:
+    data = _read(store, f"{FOLDER}{digest}/{_ENTRY}")
+    try:
+        value = json.loads(data) if data else {}
+        return Entry(digest, value["name"], value["about"], value["size"], value["sha256"], modified)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _read(store: Store, key: str) -> bytes | None:
+    try:
+        return store.get(key)
+    except NotFound:
+        return None

@@ -1,0 +1,223 @@
+"""Knows ONNX files: a network is exported to one and compared with torch, and ONNX Runtime opens one on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from storage.errors import BadInput, one_line
+from workers.runtimes import Files, Network, NotRunnable, Session
+
+OPSET = 20  # what torch 2.14's exporter writes without converting; ONNX Runtime 1.17 and OpenVINO 2024 read it
+_EXPORTERS = ("torch", "onnx", "onnxscript", "onnx-ir")  # what the file depends on besides the network
+
+# Largest difference between the file and torch, as a share of the largest output. In float32 the two round
+# differently by some 1e-6 a layer; what is wrong in an export differs in the first digits.
+_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+
+
+def installed() -> bool:
+    """Whether networks can be exported and compared here."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "onnx", "onnxscript", "onnxruntime"))
+
+
+def exported(network: Network, files: Files, precision: str = "fp32") -> Path:
+    """The network as a local ONNX file, exported and compared with torch by whoever needs it first.
+
+    Args:
+        precision: "fp32" or "fp16", of the weights and of everything between.
+
+    Raises:
+        NotRunnable: it cannot be exported, or the file does not compute what torch does.
+        BadInput: the network is a file of another precision.
+    """
+    if network.onnx is not None:
+        if precision != "fp32":
+            raise BadInput(f"{network.onnx.name} runs in the precision it was written in; take --precision fp32")
+        return network.onnx
+    about = {
+        **files.model,
+        "network": network.name,
+        "file": "onnx",
+        "opset": str(OPSET),
+        "precision": precision,
+        "inputs": "; ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in network.example.items()),
+        "outputs": ", ".join(network.outputs),
+        "axes": "; ".join(f"{name} {dict(axes)}" for name, axes in sorted(network.dynamic_axes.items())),
+        "versions": " ".join(f"{name}-{version(name)}" for name in _EXPORTERS),
+    }
+    return files.get(about, f"{network.name}-{precision}.onnx", functools.partial(export, network, precision))
+
+
+def export(network: Network, precision: str, path: Path) -> None:
+    """Write a network to an ONNX file, and compare the file with torch on random numbers. Raises NotRunnable."""
+    import torch
+
+    module = network.build().eval().requires_grad_(False)
+    inputs = _random(network)
+    with torch.no_grad():  # not inference_mode: a module may keep tensors, and such ones cannot be traced
+        expected = module(*inputs.values())
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    given = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs.values())
+    try:
+        _write(_positional(module.to(dtype)), given, network, path)
+    except Exception as error:  # the exporter raises whatever tracing a module raises
+        text = one_line(f"{type(error).__name__}: {error}", 400)
+        raise NotRunnable(f"the network {network.name} cannot be exported to ONNX: {text}") from error
+    _compare(path, network, inputs, expected, precision)
+
+
+def check(path: Path, network: Network, session: Session, precision: str) -> None:
+    """Raise NotRunnable when what was built from a file does not compute what ONNX Runtime does on the CPU."""
+    import torch
+
+    inputs = _random(network)
+    right = opened(path, torch.get_num_threads())(**inputs)
+    found = {name: tensor.cpu() for name, tensor in session(**inputs).items()}
+    _compare_one(network, found, [right[name] for name in network.outputs], precision)
+
+
+def _random(network: Network) -> dict[str, Any]:
+    """Inputs as the example's, floats drawn from a standard normal: zeros would hide what a wrong layer does."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(t.shape, generator=draw, dtype=t.dtype) if t.is_floating_point() else t
+        for name, t in network.example.items()
+    }
+
+
+def _positional(module: Any) -> Any:
+    """The module under a forward of positional tensors only, whatever the signature of its own."""
+    import torch
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, *inputs: Any) -> Any:
+            return self.inner(*inputs)
+
+    return Positional().eval()
+
+
+def _write(module: Any, inputs: tuple[Any, ...], network: Network, path: Path) -> None:
+    import torch
+
+    dynamic = torch.export.Dim.DYNAMIC  # the export fails where the module fixes such an axis after all
+    shapes = tuple(dict.fromkeys(network.dynamic_axes.get(name, {}), dynamic) for name in network.example)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # what the exporter deprecates of itself
+        torch.onnx.export(
+            module,
+            inputs,
+            path,
+            dynamo=True,
+            dynamic_shapes=(shapes,),
+            input_names=list(network.example),
+            output_names=list(network.outputs),
+            opset_version=OPSET,
+            external_data=False,  # one file; so networks over 2 GB cannot be exported
+            verbose=False,
+        )
+
+
+def _compare(path: Path, network: Network, inputs: Mapping[str, Any], expected: Sequence[Any], precision: str) -> None:
+    """Raise NotRunnable when the file does not give what torch gave, for the batch and for its first element alone."""
+    run = opened(path, 1)
+    _compare_one(network, run(**inputs), expected, precision)
+    if all(0 in network.dynamic_axes.get(name, {}) for name in (*network.example, *network.outputs)):
+        first = run(**{name: tensor[:1] for name, tensor in inputs.items()})
+        _compare_one(network, first, [tensor[:1] for tensor in expected], precision)
+
+
+def _compare_one(network: Network, got: Mapping[str, Any], expected: Sequence[Any], precision: str) -> None:
+    tolerance = _TOLERANCE[precision]
+    for name, right in zip(network.outputs, expected, strict=True):
+        found = got[name]
+        if found.shape != right.shape:
+            raise NotRunnable(
+                f"the network {network.name} gives {name} in the shape {tuple(found.shape)}, "
+                f"but should in {tuple(right.shape)}"
+            )
+        if not right.numel() or (precision != "fp32" and not right.is_floating_point()):
+            continue  # whole numbers, such as the place of a largest one, may jump where rounding is coarse
+        right = right.double()
+        difference, largest = (found.double() - right).abs().max().item(), right.abs().max().item()
+        if not difference <= tolerance * largest:
+            raise NotRunnable(
+                f"the network {network.name} built for another runtime differs by up to {difference:.3g} in {name}, "
+                f"whose largest number is {largest:.3g}; at most {tolerance * largest:.3g} is rounding"
+            )
+
+
+def opened(path: Path, threads: int) -> Session:
+    """A session of ONNX Runtime on the CPU. Raises NotRunnable when it cannot read the file.
+
+    Args:
+        threads: that compute one network; the calling thread is one of them.
+    """
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(path, options(threads), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no root of their own, and the file may be anything
+        raise NotRunnable(f"ONNX Runtime cannot open {path.name}: {one_line(str(error), 400)}") from error
+    inputs = {given.name: given.type for given in session.get_inputs()}
+    names = [given.name for given in session.get_outputs()]
+
+    def run(**tensors: Any) -> dict[str, Any]:
+        feeds = {name: typed(tensors[name], kind).contiguous().numpy() for name, kind in inputs.items()}
+        try:
+            outputs = session.run(names, feeds)
+        except Exception as error:
+            raise translated(error) from error
+        return {name: plain(value) for name, value in zip(names, outputs, strict=True)}
+
+    return run
+
+
+def options(threads: int) -> Any:
+    """Session options: so many threads for one network at a time, errors in the log only."""
+    import onnxruntime
+
+    chosen = onnxruntime.SessionOptions()
+    chosen.intra_op_num_threads, chosen.inter_op_num_threads = threads, 1
+    chosen.log_severity_level = 3
+    return chosen
+
+
+def typed(tensor: Any, kind: str) -> Any:
+    """A tensor in the type that an input of a graph has, such as "tensor(float16)"."""
+    import torch
+
+    floats = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
+    return tensor.to(floats[kind]) if kind in floats else tensor
+
+
+def plain(array: Any) -> Any:
+    """An array that ONNX Runtime gave as a tensor, floats as float32."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def translated(error: Exception) -> Exception:
+    """ONNX Runtime's error, as MemoryError where it says that memory ran out."""
+    return MemoryError(one_line(str(error), 300)) if "failed to allocate memory" in str(error).lower() else error
+
+
+def sha256_of(path: Path) -> str:
+    """Names the content of a file, for what is built from it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
