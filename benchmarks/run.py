@@ -4,8 +4,8 @@
     make bench ARGS=--quick         one short round, to see that it runs; writes nothing
     make bench-peers                first, to have Ray Data measured too
 
-What the ratios mean stands at the top of RESULTS.md; what is measured is listed in `measures`. The other scripts of this
-folder are run by themselves.
+What the ratios mean stands at the top of RESULTS.md; what is measured is listed in `measures`. The other scripts of
+this folder are run by themselves.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> int:
         common.child("workloads.py", str(made), "--pictures", str(plan.pictures))
         workloads.write_manifest(folder / "tiny.csv", made / "tiny.ppm", plan.tiny)
         with Mill(folder / "home") as mill:
-            wanted = [one for one in measures(made, mill, plan) if arguments.only in one.label]
+            wanted = [one for one in measures(made, mill, plan) if arguments.only in one.label or one.role == "decode"]
             taken, without = common.rounds(wanted, count, functools.partial(print, flush=True))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,18 +110,8 @@ def _parts(folder: Path, plan: Plan) -> list[Measure]:
             found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, take))
         take = _child("parts.py", "prepare", folder, "--workload", workload, *brief)
         found.append(Measure(workload, "prepare", "", "", take))
-    decode = functools.cache(_child("parts.py", "decode", folder, *brief))  # one figure serves all workloads of a round
-    for workload in workloads.WORKLOADS:
-        fresh = workload == next(iter(workloads.WORKLOADS))
-        found.append(Measure(workload, "decode", "", "", functools.partial(_once, decode, fresh)))
+    found.append(Measure("pictures", "decode", "", "", _child("parts.py", "decode", folder, *brief)))
     return found
-
-
-def _once(take: Any, fresh: bool) -> Figures:
-    if fresh:
-        take.cache_clear()
-    figures: Figures = take()
-    return figures
 
 
 def _ours(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:

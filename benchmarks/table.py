@@ -60,9 +60,14 @@ def ratios(figure: Taken, taken: Sequence[Taken]) -> dict[str, float]:
     Limit, bare forward, HF pipeline and DataLoader are those of the figure's own precision; ultralytics, Ray Data and
     the best peer are taken as they are.
     """
-    same = [t for t in taken if t.measure.workload == figure.measure.workload]
+    same = _of(figure.measure.workload, taken)
     found = {name: against(figure.measure.precision, same) for name, against in COLUMNS.items()}
     return {name: figure.rate / value for name, value in found.items() if value}
+
+
+def _of(workload: str, taken: Sequence[Taken]) -> list[Taken]:
+    """What concerns a workload: its own measures, and decoding, which is the same for all."""
+    return [t for t in taken if t.measure.workload == workload or t.measure.role == "decode"]
 
 
 def text(title: Sequence[str], taken: Sequence[Taken], without: Sequence[tuple[str, str]]) -> str:
@@ -110,7 +115,7 @@ def _ratio_table(ours: Sequence[Taken], taken: Sequence[Taken]) -> str:
 def _limit_table(taken: Sequence[Taken]) -> str:
     rows = []
     for workload in dict.fromkeys(t.measure.workload for t in taken):
-        same = [t for t in taken if t.measure.workload == workload]
+        same = _of(workload, taken)
         for precision in dict.fromkeys(t.measure.precision for t in same if t.measure.role in ("forward", "prepare")):
             if not precision and best_forward("", same):
                 continue  # the row of prepare, which has no precision

@@ -1,4 +1,4 @@
-"""What every runtime must do: the same numbers as torch in float32, whatever the batch and size; a new file is picked up.
+"""What every runtime must do: give the numbers that torch gives, whatever the batch and size; a new file is picked up.
 
 Which runtimes run here is asked of them; those that need a GPU are tested for what they do without one.
 """
@@ -267,7 +267,7 @@ def test_half_precision_is_exported_and_compared(tmp_path: Path) -> None:
 def test_a_combination_that_cannot_be_names_those_that_can() -> None:
     with pytest.raises(BadInput, match=r"onnx runs in fp32 on cpu, but bf16 was asked for; .*: openvino, torch"):
         runtimes.check("onnx", "cpu", "bf16")
-    with pytest.raises(BadInput, match="openvino does not run on cuda, but fp16 .*: onnx, tensorrt, torch"):
+    with pytest.raises(BadInput, match=r"openvino does not run on cuda:0, but fp16 .*: onnx, tensorrt, torch"):
         runtimes.check("openvino", "cuda:0", "fp16")
     with pytest.raises(BadInput, match="unknown precision 'int8'; known: fp32, bf16, fp16"):
         runtimes.check("torch", "cpu", "int8")
@@ -403,7 +403,7 @@ def test_a_network_that_a_runtime_cannot_run_runs_in_torch(
         held.get(spec(tmp_path, runtime="onnx", precision="bf16"))
 
 
-# ------------------------------------------------------------------------------------------------ TensorRT without a GPU
+# ----------------------------------------------------------------------------------------------- TensorRT without a GPU
 
 
 def test_a_profile_takes_what_may_vary() -> None:

@@ -49,13 +49,14 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
     except RuntimeError as error:
         raise NotRunnable(f"OpenVINO cannot run the network {network.name}: {one_line(str(error), 400)}") from error
     request = compiled.create_infer_request()
-    inputs = {port.any_name: port.get_element_type().to_dtype() for port in compiled.inputs}
-    outputs = [port.any_name for port in compiled.outputs]
+    # A port may have several names, any of which OpenVINO gives: it is asked by the one that we gave.
+    inputs = {name: compiled.input(name).get_element_type().to_dtype() for name in network.example}
+    outputs = [(name, compiled.output(name)) for name in network.outputs]
 
     def session(**tensors: Any) -> dict[str, Any]:
         arrays = {name: tensors[name].contiguous().numpy().astype(kind, copy=False) for name, kind in inputs.items()}
         request.infer({name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()})
         # Copies: the next call writes into the same memory.
-        return {name: onnxgraph.plain(request.get_tensor(name).data.copy()) for name in outputs}
+        return {name: onnxgraph.plain(request.get_tensor(port).data.copy()) for name, port in outputs}
 
     return session
