@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
@@ -145,7 +146,7 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def leave_out(reason: str) -> None:
+def leave_out(reason: str) -> NoReturn:
     """End a child that cannot run here."""
     print(reason)
     sys.exit(LEFT_OUT)

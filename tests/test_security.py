@@ -224,8 +224,8 @@ def test_no_code_loads_what_it_did_not_check() -> None:
         assert "yaml.load(" not in text, path
         for line in re.findall(r".*(?:torch\.load|pickle\.loads?)\(.*", text):
             assert "weights_only=True" in line, f"{path}: {line}"
-    yolo = (ROOT / "workers" / "models" / "yolo.py").read_text()
-    assert re.search(r'ULTRALYTICS_SAFE_LOAD="1".*YOLO_AUTOINSTALL="false"', yolo)
+    ultralytics = (ROOT / "workers" / "ultralytics_checkpoints.py").read_text()
+    assert re.search(r'ULTRALYTICS_SAFE_LOAD="1".*YOLO_AUTOINSTALL="false"', ultralytics)
 
 
 # ------------------------------------------------------------------------------------------------ secrets

@@ -12,6 +12,7 @@ workers/videos.py; one that cannot be is a failure row.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import heapq
 import os
@@ -122,6 +123,10 @@ def open_video(file: BinaryIO) -> Any:
         container = av.open(file, options={"format_whitelist": _FORMATS})
     except av.FFmpegError as error:
         raise BadVideo(f"FFmpeg finds no video in it of the formats {_FORMATS}: {error.strerror}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise BadVideo("it is too short for a video") from error  # FFmpeg goes back to before its start
     if container.streams.best("video") is None:
         container.close()
         raise BadVideo("there are no pictures in it")
@@ -275,7 +280,7 @@ def _times(container: Any, stream: Any, where: str) -> Iterator[int]:
         raise _damaged(where, f"it cannot be read to its end ({error.strerror})") from error
     if not found:
         raise _damaged(where, "there is no frame in it")
-    _check_end(container, end[0], where)
+    _check_end(container, stream, end[0], where)
 
 
 def _stored(container: Any, stream: Any, where: str, end: list[Fraction]) -> Iterator[int]:
@@ -320,11 +325,11 @@ def _smallest(waiting: list[int], last: int | None) -> Generator[int, None, int]
     return pts
 
 
-def _check_end(container: Any, end: Fraction, where: str) -> None:
+def _check_end(container: Any, stream: Any, end: Fraction, where: str) -> None:
     """Raise BadInput for a video that ends long before its header says: FFmpeg takes that for its end."""
-    if not container.duration:
-        return
-    declared = Fraction(container.duration + (container.start_time or 0), 1_000_000)  # in microseconds
+    declared = Fraction(container.duration or 0, 1_000_000)  # from microseconds
+    if container.format.name == "avi" and stream.frames and stream.average_rate:
+        declared = stream.frames / stream.average_rate  # FFmpeg has made the duration fit to what there is
     if declared - end > max(Fraction(_MISSING_S), _MISSING * declared):
         raise _damaged(where, f"it says that it ends at {float(declared):.1f} s, but does so at {float(end):.1f} s")
 

@@ -325,7 +325,6 @@ def test_planning_that_cannot_be_done_here_holds_up_no_other(
 
 
 def _wait(loop: Reconciler) -> None:
-    assert loop._planning
     for thread in loop._planning.values():
         thread.join(30)
 

@@ -229,7 +229,7 @@ def resolve(name: str, kind: str, given: Mapping[str, Any], fetch: Callable[[Car
         BadInput: no such model or file, no such parameter, a wrong value.
     """
     path = Path(name).expanduser()
-    if path.is_file() or (path.is_dir() and ("/" in name or not _named(name))):
+    if path.is_file() or (name and path.is_dir() and ("/" in name or not _named(name))):
         card = _card_of_file(path, kind)
     elif path.suffix or "/" in name:
         raise BadInput(f"there is no model file {name!r}; check the path, or list the known models: imagemill models")
