@@ -1,6 +1,6 @@
 # What a developer may ask for. The first demo or test makes .venv and installs into it; after that no network is needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench soak clean
+.PHONY: help install demo test lint format bench bench-peers soak clean
 SHELL := /bin/sh
 
 EXTRAS ?= worker,models,dev
@@ -19,7 +19,8 @@ help:
 	@echo 'make test     run the tests; ARGS="tests/jobs -x" chooses and changes them'
 	@echo 'make lint     ruff, mypy and the import rules'
 	@echo 'make format   let ruff repair and format the code'
-	@echo 'make bench    measure'
+	@echo 'make bench    measure beside the limit and the peers; ARGS=--quick only sees that it runs'
+	@echo 'make bench-peers  install the peers that are not in the extras, for make bench, into .venv-bench'
 	@echo 'make soak     random faults for MINUTES="$(MINUTES)" on real servers, then count'
 	@echo 'make install  only make .venv with the extras of EXTRAS="$(EXTRAS)"'
 	@echo 'make clean    delete what builds, tools and the demo have written; .venv stays'
@@ -42,6 +43,15 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -P benchmarks/run.py $(ARGS)
+
+# Peers see the libraries of .venv (torch, ultralytics) through a .pth file, so that both sides run the very same.
+bench-peers: $(READY)
+	$(BIN)/python -m venv .venv-bench
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/imagemill-venv.pth"
+	for list in benchmarks/peers/requirements-*.txt; do \
+	  .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r "$$list" || exit 1; \
+	done
 
 install: $(READY)
 
