@@ -592,7 +592,7 @@ def failures(job: str, limit: int, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("job", default="latest")
-@click.option("--format", "format_name", required=True, help="coco, yolo, parquet or images.")
+@click.option("--format", "format_name", required=True, help="coco, yolo, parquet, images or classmaps.")
 @click.option("--to", "destination", required=True, help="A folder, or an s3:// prefix.")
 @click.option("--option", "extra", multiple=True, metavar="NAME=VALUE", help="An option of the format.")
 @click.option("--quiet", is_flag=True, help="No progress.")

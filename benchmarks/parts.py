@@ -70,6 +70,12 @@ class _Built:
         self._folder = folder / "built"
         self.model = {"weights": workload}
 
+    def export(self, network: Any, precision: str, path: Path) -> None:
+        """Nothing else runs in this process that the export could disturb."""
+        from workers import onnxgraph
+
+        onnxgraph.export(network, precision, path)
+
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """The file that `build` writes, or wrote."""
         digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()

@@ -42,6 +42,8 @@ class Plan:
         peer_pictures: of a run of a peer, which is timed after its first batch.
         tiny: items of a job without pictures worth the name.
         seconds: for each part.
+        names: workloads.
+        shard_sizes: of imagemill's jobs.
     """
 
     rounds: int = 5
@@ -49,9 +51,12 @@ class Plan:
     peer_pictures: int = 240
     tiny: int = 20_000
     seconds: float = 5
+    names: tuple[str, ...] = tuple(workloads.WORKLOADS)
+    shard_sizes: tuple[int, ...] = (64, 1024)
 
 
-QUICK = Plan(rounds=1, pictures=32, peer_pictures=24, tiny=1000, seconds=0.5)
+_FEW = ("yolov8n", "stub")
+QUICK = Plan(rounds=1, pictures=16, peer_pictures=16, tiny=1000, seconds=0.2, names=_FEW, shard_sizes=(64,))
 
 
 def main() -> int:
@@ -89,11 +94,9 @@ def main() -> int:
 
 def measures(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     """Everything that is measured, in the order of a round."""
-    return [
-        *_parts(folder, plan),
-        *_ours(folder, mill, plan),
-        *_peers(folder, plan),
-    ]
+    everything = [*_parts(folder, plan), *_ours(folder, mill, plan), *_peers(folder, plan)]
+    wanted = {*plan.names, "pictures"}
+    return [one for one in everything if one.workload.partition(",")[0] in wanted]
 
 
 def _child(script: str, *arguments: Any, **options: Any) -> Callable[[], Figures]:
@@ -103,7 +106,7 @@ def _child(script: str, *arguments: Any, **options: Any) -> Callable[[], Figures
 def _parts(folder: Path, plan: Plan) -> list[Measure]:
     found = []
     brief = ("--seconds", plan.seconds)
-    for workload in workloads.WORKLOADS:
+    for workload in plan.names:
         for runtime, precision in KINDS if workload != "stub" else ():
             how = ("--workload", workload, "--runtime", runtime, "--precision", precision)
             take = _child("parts.py", "forward", folder, *how, *brief)
@@ -116,10 +119,11 @@ def _parts(folder: Path, plan: Plan) -> list[Measure]:
 
 def _ours(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     found = []
-    for workload, (_, kind, weights) in workloads.WORKLOADS.items():
+    for workload in plan.names:
+        _, kind, weights = workloads.WORKLOADS[workload]
         model = str(folder / weights) if weights else "stub"
         for runtime, precision in KINDS if weights else KINDS[:1]:
-            for shard_size in (64, 1024):
+            for shard_size in plan.shard_sizes:
                 options = {
                     "runtime": runtime,
                     "precision": precision,
@@ -129,7 +133,7 @@ def _ours(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
                 take = functools.partial(_warm_job, mill, kind, folder, model, options)
                 name = f"{runtime} {precision}, shards of {shard_size}"
                 found.append(Measure(workload, "imagemill", name, precision if weights else "", take))
-    for shard_size in (64, 1024):
+    for shard_size in plan.shard_sizes:
         take = functools.partial(mill.job, "detections", folder.parent / "tiny.csv", "stub", shard_size=shard_size)
         found.append(Measure("stub, 2 x 2 pictures", "imagemill", f"shards of {shard_size}", "", take))
     one = functools.partial(mill.job, "detections", folder / "few", "stub", batch=workloads.BATCH)

@@ -18,7 +18,7 @@ from tests.flow import run
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "shapes-yolov8.pt"
-COUNT = 40
+COUNT = 24
 IMGSZ = "320"
 
 

@@ -153,16 +153,55 @@ def open(network, device, precision, *more, **named):
     return torch.open(network, device, precision)
 '''
 
+EXPORTER = '''"""One line an item."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+KINDS = frozenset({"detections"})
+OPTIONS = {}
+
+
+def example_read(folder):
+    first, *rows = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    keys = [row["key"] for row in rows if row["ok"]]
+    labels = [(row["key"], label) for row in rows for label in row["labels"]]
+    return keys, [row["key"] for row in rows if not row["ok"]], labels, first
+
+
+@contextlib.contextmanager
+def writer(output, labels, provenance, options):
+    path = output.scratch / "items.jsonl"
+    with path.open("w") as file:
+        file.write(json.dumps(dict(provenance)) + "\\n")
+        yield Lines(file)
+    output.put_file("items.jsonl", path)
+
+
+class Lines:
+    def __init__(self, file):
+        self.file, self.notes = file, []
+
+    def append(self, outcome):
+        labels = list(outcome.result.labels) if outcome.result else []
+        row = {"key": outcome.key, "ok": outcome.failure is None, "labels": labels}
+        self.file.write(json.dumps(row) + "\\n")
+'''
+
 NEWCOMERS = {
     "workers/models/echo.py": (FAMILY, "tests/workers/models/test_conformance.py"),
     "jobs/sources/echo.py": (SOURCE, "tests/jobs/sources/test_conformance.py"),
     "storage/results/echo.py": (KIND, "tests/storage/results/test_conformance.py"),
+    "storage/exporters/echo.py": (EXPORTER, "tests/storage/exporters/test_conformance.py"),
     "workers/runtimes/echo.py": (RUNTIME, "tests/workers/test_runtimes.py"),
 }
 BROKEN = {
     "workers/models/echo.py": ("return found", "return found[:1]"),
     "jobs/sources/echo.py": ('{i}.png", f"file', 'same.png", f"file'),
     "storage/results/echo.py": ("Result(n) for n in", "Result(n + 1) for n in"),
+    "storage/exporters/echo.py": ("list(outcome.result.labels)", "list(outcome.result.labels[1:])"),
 }
 
 

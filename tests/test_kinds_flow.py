@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from tests.invariants import rows
 from tests.workers.models.test_conformance import SMALL, WEIGHTS
 from workers import images
 
-COUNT = 14
+COUNT = 9
 Stack = dict[str, str]
 
 
@@ -170,3 +171,37 @@ def test_several_mask_jobs_encode_each_image_once(laptop: Stack, tmp_path: Path)
     )
     assert [row.n for row in masks][1:2] == [5 * COUNT]
     assert masks[3].n == COUNT
+
+
+CHAIN = """
+steps:
+  - {{name: boxes, do: annotate, source: "{source}", model: "{detector}", device: cpu, params: {{imgsz: 320}}}}
+  - {{name: masks, do: mask, from: boxes, as: boxes, model: "{sam}", device: cpu}}
+  - {{name: stars, do: mask, from: boxes, as: boxes, label: star, model: "{sam}", device: cpu}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_boxes_become_masks_over_five_hundred_scenes(laptop: Stack, tmp_path: Path) -> None:
+    """A detector, then masks of all its boxes and of one label's, as one chain: each scene is encoded once."""
+    root = Path(__file__).resolve().parent.parent
+    script = [sys.executable, "-P", str(root / "demo" / "scenes.py"), str(tmp_path / "scenes"), "--count", "500"]
+    subprocess.run([*script, "--seed", "21"], check=True)
+    source, detector = tmp_path / "scenes" / "images", root / "demo" / "shapes-yolov8.pt"
+    path = tmp_path / "chain.yaml"
+    path.write_text(CHAIN.format(source=source, detector=detector, sam=weights(tmp_path, "sam")))
+    steps = json.loads(run(laptop, "run", str(path), "--json", timeout_s=1100).stdout)
+    assert [(step["state"], step["results"]) for step in steps] == [("done", 500)] * 3
+    totals = "SELECT job_id, sum(objects) AS n FROM item GROUP BY job_id ORDER BY job_id"
+    boxes, masks, stars = (row.n for row in rows(flow.database_url(laptop), totals))
+    assert boxes == masks > stars > 0
+    assert encodes(laptop) == 500
+    times = (
+        "SELECT job_id, min(claimed_at) AS began, max(finished_at) AS ended FROM shard GROUP BY job_id ORDER BY job_id"
+    )
+    first, second, _ = rows(flow.database_url(laptop), times)
+    assert second.began < first.ended, "masks waited for all boxes"
+    for step in steps:
+        run(laptop, "verify", str(step["id"]))
+    print(f"500 scenes, {boxes} boxes, {masks} masks, {stars} of one label, {encodes(laptop)} encodings")

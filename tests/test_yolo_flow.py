@@ -1,4 +1,4 @@
-"""A trained YOLO over 500 pictures through both stacks: equal rows, and the boxes of ultralytics' own predict."""
+"""A trained YOLO through both stacks: equal rows, and the boxes of ultralytics' own predict."""
 
 from __future__ import annotations
 
@@ -16,25 +16,22 @@ from tests.flow import check_all, prepare, run, run_json, workers
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "shapes-yolov8.pt"
-COUNT = 500
 FLEET_VARIABLES = ("IMAGEMILL_DATABASE_URL", "IMAGEMILL_STORE_URL", "IMAGEMILL_BROKER_URL")
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five hundred rendered scenes."""
-    folder = tmp_path_factory.mktemp("scenes")
+def scenes(folder: Path, count: int) -> Path:
+    """So many rendered scenes."""
     script = [
         sys.executable,
         "-P",
         str(ROOT / "demo" / "scenes.py"),
         str(folder),
         "--count",
-        str(COUNT),
+        str(count),
         "--seed",
         "11",
     ]
-    subprocess.run([*script, "--count", str(COUNT), "--seed", "11"], check=True)
+    subprocess.run(script, check=True)
     return folder / "images"
 
 
@@ -57,27 +54,29 @@ def boxes(stack: dict[str, str], folder: Path) -> dict[str, tuple[np.ndarray, np
     }
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_both_stacks_agree_with_each_other_and_with_ultralytics(
-    home: Path, postgres_url: str, s3_url: str, broker_url: str, scenes: Path, tmp_path: Path
+    home: Path, postgres_url: str, s3_url: str, broker_url: str, count: int, tmp_path: Path
 ) -> None:
+    source = scenes(tmp_path / "scenes", count)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     laptop = {**os.environ, "PATH": path}
     fleet = {**laptop, **dict(zip(FLEET_VARIABLES, (postgres_url, s3_url, broker_url), strict=True))}
-    command = ("annotate", str(scenes), "--model", str(MODEL), "--imgsz", "320", "--device", "cpu")
+    command = ("annotate", str(source), "--model", str(MODEL), "--imgsz", "320", "--device", "cpu")
     prepare(fleet)
     with workers(fleet, log=tmp_path / "worker.log"):
         theirs_status = run_json(fleet, *command)
     mine_status = run_json(laptop, *command)
-    keys = [f"scene-{i:06d}.jpg" for i in range(COUNT)]
+    keys = [f"scene-{i:06d}.jpg" for i in range(count)]
     for stack, status in ((laptop, mine_status), (fleet, theirs_status)):
-        assert (status["planned"], status["results"], status["failures"]) == (COUNT, COUNT, 0)
+        assert (status["planned"], status["results"], status["failures"]) == (count, count, 0)
         check_all(stack, keys)
     mine, theirs = boxes(laptop, tmp_path / "mine"), boxes(fleet, tmp_path / "theirs")
     assert mine.keys() == theirs.keys() == set(keys)
     for key in keys:
         _assert_close(mine[key], theirs[key], pixels=0.01, score=1e-5)
     assert index_rows(laptop) == index_rows(fleet)
-    _assert_like_ultralytics(scenes, mine)
+    _assert_like_ultralytics(source, mine)
 
 
 def index_rows(stack: dict[str, str]) -> list[Any]:

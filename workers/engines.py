@@ -30,6 +30,7 @@ from typing import Any
 
 from storage.errors import ImagemillError, Misconfigured, NotFound
 from storage.objects import Store
+from workers.runtimes import Network
 from workers.weights import sha256_of
 
 log = logging.getLogger("imagemill.worker")
@@ -86,6 +87,7 @@ class Engines:
     Args:
         folder: of this machine, shared by its processes.
         model: what a network depends on besides its name.
+        export: writes a network to an ONNX file in a precision, as workers.onnxgraph.export does.
         moving: called every few seconds of building and waiting, to show that the process lives.
     """
 
@@ -94,13 +96,19 @@ class Engines:
         store: Store,
         folder: Path,
         model: Mapping[str, str],
+        export: Callable[[Network, str, Path], None],
         moving: Callable[[], None] = lambda: None,
         limit_bytes: int = LIMIT_BYTES,
         pace: Pace = Pace(),
     ) -> None:
         self.model = model
+        self._export = export
         self._store, self._folder, self._moving = store, folder, moving
         self._limit, self._pace = limit_bytes, pace
+
+    def export(self, network: Network, precision: str, path: Path) -> None:
+        """Write a network to an ONNX file. Raises NotRunnable."""
+        self._export(network, precision, path)
 
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """The local file that `build(path)` writes, or has written for somebody in the fleet.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jobs.spec import JobSpec
 from storage.errors import BadInput, ImagemillError, Misconfigured
 from storage.objects import Store
 from storage.settings import Settings
-from workers import models, runtimes, weights
+from workers import exporting, models, runtimes, weights
 from workers.batches import BatchSize
 from workers.encodings import StoredEncodings
 from workers.engines import Engines
@@ -96,7 +98,7 @@ class Models:
         path = None
         if spec.weights:
             path = weights.fetch(self.store, spec.weights, spec.weights_sha256, self.settings.cache_folder)
-        opener = _Opener(spec, self.device, self._engines(spec))
+        opener = _Opener(spec, self.device, self._engines(spec, path))
         site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, self._encodings)
         try:
             model: Model = family.load(card, card.params(**spec.params), path, site)
@@ -108,7 +110,7 @@ class Models:
             raise BadInput(f"model {spec.model!r} could not be loaded: {type(error).__name__}: {error}") from error
         return model, opener.used()
 
-    def _engines(self, spec: JobSpec) -> Engines:
+    def _engines(self, spec: JobSpec, path: Path | None) -> Engines:
         # All parameters, since a family alone knows which of them change its networks.
         about = {
             "weights": spec.weights_sha256,
@@ -116,7 +118,8 @@ class Models:
             "kind": spec.kind,
             "params": json.dumps(dict(spec.params), sort_keys=True),
         }
-        return Engines(self.store, self.settings.cache_folder / "engines", about, self._moving)
+        export = functools.partial(exporting.export, spec, path)
+        return Engines(self.store, self.settings.cache_folder / "engines", about, export, self._moving)
 
 
 @dataclass

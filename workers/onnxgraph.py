@@ -52,11 +52,14 @@ def exported(network: Network, files: Files, precision: str = "fp32") -> Path:
         "axes": "; ".join(f"{name} {dict(axes)}" for name, axes in sorted(network.dynamic_axes.items())),
         "versions": " ".join(f"{name}-{version(name)}" for name in _EXPORTERS),
     }
-    return files.get(about, f"{network.name}-{precision}.onnx", functools.partial(export, network, precision))
+    return files.get(about, f"{network.name}-{precision}.onnx", functools.partial(files.export, network, precision))
 
 
 def export(network: Network, precision: str, path: Path) -> None:
-    """Write a network to an ONNX file, and compare the file with torch on random numbers. Raises NotRunnable."""
+    """Write a network to an ONNX file, and compare the file with torch on random numbers. Raises NotRunnable.
+
+    No other thread may compute in torch meanwhile: tracing replaces the call of every module in the process.
+    """
     import torch
 
     module = network.build().eval().requires_grad_(False)

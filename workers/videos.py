@@ -36,6 +36,9 @@ from storage.folder import open_file, translated
 from storage.objects import local_path
 from storage.settings import Settings, masked
 
+Matrix = tuple[int, int, int, int]  # (a, b, c, d): a pixel at x, y is shown at ax + cy, bx + dy
+
+_UPRIGHT: Matrix = (1, 0, 0, 1)
 _FRAME = re.compile(r"frame:(-?\d{1,19}):(\d{1,19}):([0-9a-f]{12}):((?:file|s3)://.+)", re.DOTALL | re.ASCII)
 _OPEN_VIDEOS = 4
 _KEPT_BYTES = 64 * 1024 * 1024  # of one video's decoded frames that no thread waits for
@@ -63,47 +66,65 @@ def read(uri: str, settings: Settings) -> bytes:
     if found is None:
         raise BadInput(f"cannot read {masked(uri)!r}: expected frame:PTS:STEP:TAG: before a file:/// or s3:// URI")
     pts, step, tag, where = int(found[1]), int(found[2]), found[3], found[4]
-    return _ppm(_videos.get(where, tag, settings).frame(pts, step), settings.max_image_pixels)
+    with _videos.using(where, tag, settings) as video:
+        frame, matrix = video.frame(pts, step)
+    return _ppm(frame, matrix, settings.max_image_pixels)
 
 
 class _Videos:
-    """The videos that this process holds open, the least recently used out first."""
+    """The videos that this process holds open: those in use, and a few that were used last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[tuple[str, str, Settings], _Video] = OrderedDict()
 
-    def get(self, where: str, tag: str, settings: Settings) -> _Video:
+    @contextlib.contextmanager
+    def using(self, where: str, tag: str, settings: Settings) -> Iterator[_Video]:
+        """A video that stays open meanwhile."""
         key = (where, tag, settings)
-        surplus = []
         with self._lock:
             video = self._open.setdefault(key, _Video(where, tag, settings))
             self._open.move_to_end(key)
-            while len(self._open) > _OPEN_VIDEOS:
-                surplus.append(self._open.popitem(last=False)[1])
-        for old in surplus:
-            old.close()
-        return video
+            video.users += 1
+        try:
+            yield video
+        finally:
+            with self._lock:
+                video.users -= 1
+                surplus = [self._open.pop(key) for key in self._surplus()]
+            for old in surplus:
+                old.close()
+
+    def _surplus(self) -> list[tuple[str, str, Settings]]:
+        idle = [key for key, video in self._open.items() if not video.users]
+        return idle[: max(0, len(self._open) - _OPEN_VIDEOS)]
 
 
 class _Video:
-    """One version of one video. Whoever has one may ask it for frames, even after it was closed: it opens again."""
+    """One version of one video. It is opened when the first frame is asked for, also after it was closed.
+
+    Attributes:
+        users: threads that have it in use.
+    """
 
     def __init__(self, where: str, tag: str, settings: Settings) -> None:
         self._where, self._tag, self._settings = where, tag, settings
+        self.users = 0
         self._driving = threading.Lock()  # of the decoder
         self._decoder: _Decoder | None = None
+        self._matrix = _UPRIGHT
         self._guard = threading.Lock()  # of what follows
         self._asked: list[tuple[int, int]] = []  # (pts, step) of each thread that waits
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
-    def frame(self, pts: int, step: int) -> Any:
-        """PyAV's frame with this pts. Raises ItemFailed."""
+    def frame(self, pts: int, step: int) -> tuple[Any, Matrix]:
+        """PyAV's frame with this pts, and how it has to be turned. Raises ItemFailed."""
         with self._guard:
             self._asked.append((pts, step))
         try:
             with self._driving:
-                return self._kept_frame(pts) or self._decoded(pts)
+                frame = self._kept_frame(pts)
+                return self._decoded(pts) if frame is None else frame, self._matrix
         finally:
             with self._guard:
                 self._asked.remove((pts, step))
@@ -136,6 +157,7 @@ class _Video:
             raise
         if frame is None:
             raise _corrupt(f"the frame at {pts} cannot be decoded")
+        self._matrix = decoder.matrix or _UPRIGHT
         return frame
 
     def _stop(self) -> None:
@@ -208,6 +230,7 @@ class _Decoder:
         frames: those that follow, in order of time; after the last one there is nothing more without a jump.
         width, height: of the frames as stored, by the video's header.
         second: in ticks of the stream's clock.
+        matrix: the display matrix of its first frame, None before that.
     """
 
     def __init__(self, file: BinaryIO, max_pixels: int) -> None:
@@ -218,6 +241,7 @@ class _Decoder:
         self.second = max(1, round(1 / self._stream.time_base))
         self._gap = _GAP_S * self.second  # the longest time between two keyframes that was seen
         self._at: int | None = None  # pts of the last frame that came
+        self.matrix: Matrix | None = None
 
     def _begin(self) -> None:
         """Open the file anew, at its start."""
@@ -279,6 +303,9 @@ class _Decoder:
                 self._gap = max(self._gap, 0 if key is None else packet.pts - key)
                 key = packet.pts
             for frame in _frames_in(packet):
+                if self.matrix is None:
+                    # Of one frame only: PyAV's side data and its frame refer to each other, so both stay for a while.
+                    self.matrix = _display_matrix(frame)
                 if frame.pts is not None and frame.pts >= start:
                     self._at = frame.pts if self._at is None else max(self._at, frame.pts)
                     yield frame
@@ -381,26 +408,26 @@ def _make_room(folder: Path, nbytes: int) -> None:
         path.unlink()
 
 
-def _ppm(frame: Any, max_pixels: int) -> bytes:
+def _ppm(frame: Any, matrix: Matrix, max_pixels: int) -> bytes:
     from av.video.reformatter import VideoReformatter
 
     _check_pixels(frame.width, frame.height, max_pixels)
     # A reformatter of its own: several threads may have the same frame.
     rgb = cast(npt.NDArray[np.uint8], VideoReformatter().reformat(frame, format="rgb24").to_ndarray())
-    pixels = _upright(rgb, _display_matrix(frame))
+    pixels = _upright(rgb, matrix)
     return f"P6\n{pixels.shape[1]} {pixels.shape[0]}\n255\n".encode() + pixels.tobytes()
 
 
-def _display_matrix(frame: Any) -> tuple[int, ...]:
-    """(a, b, c, d) of a frame's display matrix: a pixel at x, y is shown at ax + cy, bx + dy (ISO/IEC 14496-12)."""
+def _display_matrix(frame: Any) -> Matrix:
+    """The first two columns of a frame's display matrix (ISO/IEC 14496-12), without its scale."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
-        return 1, 0, 0, 1
+        return _UPRIGHT
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side))
     return a, b, c, d
 
 
-def _upright(pixels: npt.NDArray[np.uint8], matrix: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+def _upright(pixels: npt.NDArray[np.uint8], matrix: Matrix) -> npt.NDArray[np.uint8]:
     """A picture as a display matrix shows it, turned by the nearest right angle and mirrored."""
     a, b, c, d = matrix
     if abs(b) + abs(c) > abs(a) + abs(d):

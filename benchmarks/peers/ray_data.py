@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from benchmarks.workloads import BATCH
 
 
 class Detector:
-    """The actor."""
+    """The actor: boxes of each picture, and when its batch was done (seconds since the epoch)."""
 
     def __init__(self, weights: str) -> None:
         from ultralytics import YOLO
@@ -32,7 +33,8 @@ class Detector:
 
         pictures = [image[..., ::-1] for image in batch["image"]]  # predict takes BGR
         found = self._model.predict(pictures, imgsz=640, verbose=False, device="cpu")
-        return {"boxes": np.array([len(one.boxes) for one in found])}
+        count = len(found)
+        return {"boxes": np.array([len(one.boxes) for one in found]), "ended": np.full(count, time.time())}
 
 
 def main() -> None:
@@ -53,10 +55,12 @@ def main() -> None:
     found = ray.data.read_images(paths).map_batches(
         Detector, batch_size=BATCH, concurrency=1, num_cpus=1, fn_constructor_args=(weights,)
     )
-    pace = common.Pace(BATCH)
-    for batch in found.iter_batches(batch_size=BATCH):
-        pace.add(len(batch["boxes"]))
-    common.answer(rate=pace.rate)
+    # The actor's own clock: blocks arrive here in bursts.
+    ended = sorted(moment for batch in found.iter_batches(batch_size=BATCH) for moment in batch["ended"])
+    later = [moment for moment in ended if moment > ended[0]]
+    if not later:
+        common.leave_out("more pictures are needed than one batch")
+    common.answer(rate=len(later) / (later[-1] - ended[0]))
 
 
 if __name__ == "__main__":

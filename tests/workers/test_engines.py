@@ -18,7 +18,7 @@ import pytest
 from storage.errors import Unavailable
 from storage.objects import Store, open_store
 from storage.settings import load
-from workers import engines
+from workers import engines, onnxgraph
 from workers.engines import Engines, Pace
 from workers.runtimes import NotRunnable
 
@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def machine(store: Store, folder: Path, limit_bytes: int = engines.LIMIT_BYTES, pace: Pace = QUICK) -> Engines:
-    return Engines(store, folder, {"weights": "w"}, limit_bytes=limit_bytes, pace=pace)
+    return Engines(store, folder, {"weights": "w"}, onnxgraph.export, limit_bytes=limit_bytes, pace=pace)
 
 
 def writes(data: bytes, calls: list[bytes] | None = None) -> Callable[[Path], None]:
@@ -116,7 +116,8 @@ def build(path):
     print("building", flush=True)
     time.sleep(60)
 store = open_store({store.url!r}, load())
-Engines(store, Path({str(tmp_path / "shared")!r}), {{}}, pace=Pace(0.02, 0.4, 20, 0.02)).get({ABOUT!r}, "a", build)
+here = Engines(store, Path({str(tmp_path / "shared")!r}), {{}}, print, pace=Pace(0.02, 0.4, 20, 0.02))
+here.get({ABOUT!r}, "a", build)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert process.stdout is not None
@@ -147,7 +148,12 @@ def test_who_waits_shows_that_it_lives_and_loses_patience(store: Store, tmp_path
     try:
         time.sleep(0.1)
         waiter = Engines(
-            store, tmp_path / "one", {}, lambda: moved.append(0), pace=Pace(renew=9, dead=9, patience=0.5, look=0.05)
+            store,
+            tmp_path / "one",
+            {},
+            onnxgraph.export,
+            lambda: moved.append(0),
+            pace=Pace(renew=9, dead=9, patience=0.5, look=0.05),
         )
         assert waiter.get(ABOUT, "a", writes(b"mine")).read_bytes() == b"mine"
     finally:
@@ -158,7 +164,7 @@ def test_who_waits_shows_that_it_lives_and_loses_patience(store: Store, tmp_path
 
 def test_who_builds_shows_that_it_lives(store: Store, tmp_path: Path) -> None:
     moved: list[float] = []
-    here = Engines(store, tmp_path / "one", {}, lambda: moved.append(0), pace=QUICK)
+    here = Engines(store, tmp_path / "one", {}, onnxgraph.export, lambda: moved.append(0), pace=QUICK)
 
     def slow(path: Path) -> None:
         time.sleep(0.3)

@@ -68,6 +68,10 @@ class Files(Protocol):
 
     model: Mapping[str, str]
 
+    def export(self, network: Network, precision: str, path: Path) -> None:
+        """What workers.onnxgraph.export does, where no other thread is disturbed by it."""
+        ...
+
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """The local file that `build(path)` writes, or has written somewhere before.
 

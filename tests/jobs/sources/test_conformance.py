@@ -21,6 +21,7 @@ from jobs import leases, lifecycle, sources
 from storage import objects, shardfile
 from storage.errors import BadInput
 from storage.settings import Settings
+from tests.clips import clip
 from tests.support import claimed, new_worker, opened, outcomes_of, planned_job
 
 IMAGES = ("a.png", "sub/b.jpg", "sub/deep/\u00e9 \U0001f600.webp")
@@ -91,6 +92,10 @@ def _webdataset(_request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "train-{0..1}.tar")
 
 
+def _video(_request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(clip(tmp_path / "clip.mp4", 5))
+
+
 # One line for each file in jobs/sources: what makes a dataset of a few images and gives its URI. A source that is not
 # named here says how itself, in a function example(folder) of its file.
 DATASETS: dict[str, Make] = {
@@ -101,6 +106,7 @@ DATASETS: dict[str, Make] = {
     "results": _results,
     "s3": _s3,
     "variants": _variants,
+    "video": _video,
     "webdataset": _webdataset,
 }
 

@@ -122,8 +122,12 @@ def run(mill: Mill, job: Any, format: str, url: str, **more: Any) -> Report:
 
 
 def read_back(format: str, url: str, tmp_path: Path) -> Read:
-    assert format in READERS, f"add a reader of {format!r} to READERS"
-    return READERS[format](download(url, tmp_path / "read"))
+    folder = download(url, tmp_path / "read")
+    if format in READERS:
+        return READERS[format](folder)
+    module: Any = exporters.get(format)
+    assert hasattr(module, "example_read"), f"add a reader of {format!r} to READERS"
+    return Read(*module.example_read(folder))
 
 
 def sample(kind: str) -> Callable[[int], Any]:
