@@ -3,7 +3,7 @@
 .PHONY: help install demo test lint format bench bench-peers soak clean
 SHELL := /bin/sh
 
-EXTRAS ?= worker,models,dev
+EXTRAS ?= worker,models,onnx,openvino,dev
 ARGS ?=
 MINUTES ?= 20
 SEED ?= 1

@@ -122,6 +122,7 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu."),
         click.option("--batch", type=int, help="Items in one forward pass; default 8 on a CPU, 32 on a GPU."),
         click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
+        click.option("--runtime", default="torch", show_default=True, help="torch, onnx, openvino or tensorrt."),
         click.option("--force", is_flag=True, help="Compute every item again, fresh or not."),
         click.option("--prune-all", is_flag=True, help="Prune items gone from the dataset even if more than a fifth."),
         click.option(
@@ -310,7 +311,7 @@ def _submit_and_wait(kind: str, source: str, params: dict[str, Any], options: di
         model=options["model"],
         params=params,
         on_download=show.download,
-        **{name: options[name] for name in ("device", "precision", "batch", "shard_size")},
+        **{name: options[name] for name in ("device", "runtime", "precision", "batch", "shard_size")},
     )
     how = runjob.How(**{field.name: options[field.name] for field in dataclasses.fields(runjob.How)})
     with show:

@@ -60,7 +60,12 @@ def forward(arguments: argparse.Namespace) -> Callable[[], int]:
     model, sessions = _load(arguments)
     model.infer([model.prepare(one, _item()) for one in _pixels(arguments)[:BATCH]])
     session = sessions[0]
-    return lambda: session.again() and BATCH
+
+    def once() -> int:
+        session.again()
+        return BATCH
+
+    return once
 
 
 class _Built:
@@ -68,7 +73,7 @@ class _Built:
 
     def __init__(self, folder: Path, workload: str) -> None:
         self._folder = folder / "built"
-        self.model = {"weights": workload}
+        self.model: Mapping[str, str] = {"weights": workload}
 
     def export(self, network: Any, precision: str, path: Path) -> None:
         """Nothing else runs in this process that the export could disturb."""

@@ -206,7 +206,7 @@ def test_every_measure_has_a_name_of_its_own(tmp_path: Path) -> None:
     class Mill:
         def job(self) -> None: ...
 
-    labels = [one.label for one in run.measures(tmp_path, Mill(), run.QUICK)]  # type: ignore[arg-type]
+    labels = [one.label for one in run.measures(tmp_path, Mill(), run.Plan())]  # type: ignore[arg-type]
     assert len(labels) == len(set(labels))
     assert {role for role in table.PEERS if any(role in label for label in labels)} == set(table.PEERS)
 

@@ -72,7 +72,9 @@ def _about(whole: memoryview, name: str) -> About:
     if len(graphs) != 1:
         raise ValueError(f"it has {len(graphs)} graphs")
     entries = [_texts(value) for number, value in model if number == _METADATA and isinstance(value, memoryview)]
-    inputs, outputs, weights = [], [], set()
+    inputs: list[Port] = []
+    outputs: list[Port] = []
+    weights: set[str] = set()
     for number, value in _fields(graphs[0]):
         if not isinstance(value, memoryview):
             continue

@@ -70,6 +70,7 @@ class Step:
     variants: int = 1
     params: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
+    runtime: str = "torch"
     precision: str = "fp32"
     batch: int | None = None
     shard_size: int | None = None
@@ -155,6 +156,7 @@ def resolve(
                 params=step.params,
                 on_download=on_download,
                 device=step.device,
+                runtime=step.runtime,
                 precision=step.precision,
                 batch=step.batch,
                 shard_size=step.shard_size,

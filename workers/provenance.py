@@ -12,8 +12,12 @@ from jobs.leases import Claim
 _LIBRARIES = ("torch", "torchvision", "ultralytics-opencv-headless", "onnxruntime")
 
 
-def of(claim: Claim, batch: int, device: str, worker_id: str) -> dict[str, Any]:
-    """Everything needed to compute these results again, as JSON values."""
+def of(claim: Claim, runtime: str, batch: int, device: str, worker_id: str) -> dict[str, Any]:
+    """Everything needed to compute these results again, as JSON values.
+
+    Args:
+        runtime: in which the networks ran; not always the one that was asked for.
+    """
     spec = claim.spec
     return {
         "recipe": claim.digest,
@@ -23,7 +27,7 @@ def of(claim: Claim, batch: int, device: str, worker_id: str) -> dict[str, Any]:
         "weights_sha256": spec.weights_sha256,
         "params": dict(spec.params),
         "labels": list(spec.labels),
-        "runtime": spec.runtime,
+        "runtime": runtime,
         "precision": spec.precision,
         "batch": batch,
         "job": claim.job_id,

@@ -246,7 +246,7 @@ class Stream:
         return False
 
     def _write(self, run: Run, outcomes: Sequence[Outcome], name: str) -> shardfile.Written:
-        meta = provenance.of(run.claim, run.loaded.size.asked, self.device, self.me.id)
+        meta = provenance.of(run.claim, run.loaded.runtime, run.loaded.size.asked, self.device, self.me.id)
         # Each try has a prefix of its own: a put whose answer was lost may still arrive after the next one.
         prefix = f"{run.prefix}{uuid.uuid4().hex[:8]}{name}/"
         faults.point("before-put")
@@ -299,7 +299,7 @@ class Stream:
         rows = shardfile.read_manifest(self.store, claim.manifest_key)
         failure = ItemFailed("shard", "shard-failed", message[:500], retry=True)
         outcomes = [Outcome(i, *row[:3], None, None, None, failure) for i, row in enumerate(rows)]
-        meta = provenance.of(claim, claim.spec.batch, self.device, self.me.id)
+        meta = provenance.of(claim, claim.spec.runtime, claim.spec.batch, self.device, self.me.id)
         written = shardfile.write(self.store, attempt_prefix(claim), claim.spec.kind, outcomes, meta)
         if leases.commit(self.db, claim, self.me.id, written, outcomes, state=states.QUARANTINED):
             lifecycle.finish(self.db, claim.job_id)

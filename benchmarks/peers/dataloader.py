@@ -43,9 +43,8 @@ def main() -> None:
     network = network.eval().requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
     read = {"PIL": _pil, "cv2": _cv2}[arguments.reader]
     paths = sorted((arguments.folder / "pictures").glob("*.jpg"))[: arguments.count]
-    loader = torch.utils.data.DataLoader(
-        _Pictures(paths, lambda path: ready(read(path))), batch_size=BATCH, num_workers=arguments.workers
-    )
+    pictures: Any = _Pictures(paths, lambda path: ready(read(path)))
+    loader: Any = torch.utils.data.DataLoader(pictures, batch_size=BATCH, num_workers=arguments.workers)
     pace = common.Pace(BATCH)
     with torch.inference_mode():
         for images in loader:

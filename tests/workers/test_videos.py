@@ -120,12 +120,13 @@ def test_a_varying_rate_and_an_odd_start(tmp_path: Path, suffix: str) -> None:
     check(uris(f"video:{path}?fps=7")[::-1], expected)
 
 
-def test_frames_whose_times_are_out_of_order(tmp_path: Path) -> None:
+def test_frames_whose_times_are_out_of_order(tmp_path: Path, work: dict[str, int]) -> None:
     """H.264 with reordered frames has wrong times in an .avi; each frame still has one of its own."""
     path = clip(tmp_path / "a.avi", codec="libx264")
     expected = decoded(path)
     assert list(expected) != sorted(expected)
     check(uris(path), expected)
+    assert work["jumps"] <= 2
 
 
 @pytest.mark.parametrize("degrees", [90, 180, -90])
@@ -170,6 +171,13 @@ def test_a_sparse_sampling_decodes_no_more_than_it_must(tmp_path: Path, work: di
     path = clip(tmp_path / "a.mp4", 1500, size=(32, 16), gop=50, b_frames=0, codec="mpeg4")
     check(uris(f"video:{path}?every=310"), decoded(path))
     assert work["frames"] <= 5 * 60
+
+
+def test_a_video_with_few_keyframes_is_gone_through_once(tmp_path: Path, work: dict[str, int]) -> None:
+    """Every 60th frame is 2.4 s from the one before, and the only keyframe is the first."""
+    path = clip(tmp_path / "a.mp4", 900, size=(32, 16), gop=900, b_frames=0, codec="mpeg4")
+    check(uris(f"video:{path}?every=60"), decoded(path))
+    assert work["frames"] <= 900 + 60 + 120
 
 
 def test_a_thread_that_is_a_little_late_finds_its_frame(tmp_path: Path, work: dict[str, int]) -> None:
@@ -254,6 +262,42 @@ def test_a_damaged_video_gives_the_frames_that_are_left(tmp_path: Path) -> None:
     assert lost <= {pts for pts, _, _ in failed}
     assert {(stage, reason) for _, stage, reason in failed} == {("decode", "corrupt")}
     assert 80 <= intact <= 98
+
+
+def test_a_frame_that_was_patched_up_is_corrupt(tmp_path: Path) -> None:
+    """Decoders invent what is missing of a damaged frame, and say so."""
+    path = clip(tmp_path / "a.mp4", codec="mpeg4", size=(320, 192))
+    with av.open(str(path)) as container:
+        at, size, pts = next((p.pos, p.size, p.pts) for p in container.demux(video=0) if p.pts == 12 * 512)
+    data = bytearray(path.read_bytes())
+    data[at + size // 2 : at + size] = random.Random(1).randbytes(size - size // 2)
+    path.write_bytes(data)
+    with av.open(str(path)) as container:
+        assert [frame.pts for frame in container.decode(video=0) if frame.is_corrupt] == [pts]
+    (uri,) = [uri for uri in uris(path) if pts_of(uri) == pts]
+    for _ in range(2):
+        with pytest.raises(ItemFailed, match="cannot be decoded"):
+            videos.read(uri, Settings())
+
+
+def test_what_is_shown_before_a_keyframe_does_not_count_after_a_jump(tmp_path: Path) -> None:
+    """Decoders that are asked to give what they cannot know do so."""
+
+    class Thing:
+        is_keyframe, is_corrupt, side_data = True, False, dict[str, bytes]()
+
+        def __init__(self, pts: int, *frames: Thing) -> None:
+            self.pts, self.frames = pts, frames
+
+        def decode(self) -> list[Thing]:
+            return list(self.frames)
+
+    path = clip(tmp_path / "a.mp4")
+    with videos.open_file(path) as file:
+        decoder = videos._Decoder(file, 10**6)
+        packets = [Thing(100, Thing(80)), Thing(90, Thing(90), Thing(100)), Thing(110, Thing(110))]
+        assert [frame.pts for frame in decoder._following(packets, 100)] == [100, 110]
+        decoder.close()
 
 
 def test_a_frame_that_is_not_there(tmp_path: Path) -> None:

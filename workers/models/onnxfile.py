@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.errors import BadInput, ItemFailed
+from storage.errors import BadInput, ItemFailed, one_line
 from storage.results.detections import Result
 from workers import onnxgraph, onnxmeta, yolohead
 from workers.models import Card, Image, Item, Prepared, Site, check_labels
@@ -100,7 +100,23 @@ def load(card: Card, params: Params, weights: Path, site: Site) -> Detector:
     about = onnxmeta.read(path)
     layout = _Layout.of(path.name, about)
     size = _size(path.name, params.imgsz, layout, about)
-    return Detector(params.of_head(size), labels, layout, site.open_network(_network(path, layout, size)), site.device)
+    session = site.open_network(_network(path, layout, size))
+    _try(path.name, session, layout, size, site.device)
+    return Detector(params.of_head(size), labels, layout, session, site.device)
+
+
+def _try(name: str, session: Session, layout: _Layout, size: int, device: str) -> None:
+    """Run a black picture, since a file may say one thing of itself and do another. Raises BadInput."""
+    import torch
+
+    try:
+        out = session(**{layout.given: torch.zeros(1, 3, size, size, device=device)})[layout.got]
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"{name} cannot be run on a picture of {size} pixels: {one_line(str(error), 300)}") from error
+    expected = (1, 4 + layout.classes, None) if layout.classes else (1, None, 6)
+    if out.ndim != 3 or any(right not in (None, n) for n, right in zip(out.shape, expected, strict=True)):
+        shown = f"(1, {4 + layout.classes}, anchors)" if layout.classes else "(1, boxes, 6)"
+        raise BadInput(f"{name} gives numbers in the shape {tuple(out.shape)} for one picture, but expected {shown}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +177,7 @@ def _side(name: str, height: Axis, width: Axis) -> int:
 
 def _classes(shape: tuple[Axis, ...], about: About, wrong: BadInput) -> int:
     """Classes that are scored, 0 where each box has six numbers. Raises `wrong` for another shape."""
-    if shape[2] == 6:
+    if shape[2] == 6 or about.metadata.get("end2end") == "True" or _suppresses(about):
         return 0
     if isinstance(shape[1], int):
         if shape[1] <= 4 or (isinstance(shape[2], int) and shape[2] < shape[1] and "names" not in about.metadata):
@@ -171,6 +187,12 @@ def _classes(shape: tuple[Axis, ...], about: About, wrong: BadInput) -> int:
     if not names:
         raise wrong
     return len(names)
+
+
+def _suppresses(about: About) -> bool:
+    """Whether the file was exported with the suppression of what overlaps inside."""
+    given = _literal(about, "args", None)
+    return isinstance(given, dict) and given.get("nms") is True
 
 
 def _file(path: Path) -> Path:
@@ -197,16 +219,22 @@ def _named(name: str, about: About) -> tuple[str, ...]:
 
 def _names_in(about: About) -> tuple[str, ...]:
     """The class names in the metadata, a dict of ids and names or a list as Python or JSON writes them, or ()."""
-    try:
-        names = ast.literal_eval(about.metadata.get("names", ""))  # which runs nothing: literals only
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return ()
+    names = _literal(about, "names", ())
     if isinstance(names, list | tuple):
         names = dict(enumerate(names))
     if not isinstance(names, dict):
         return ()
     by_id = {int(key): str(name) for key, name in names.items() if str(key).isdecimal()}
     return tuple(by_id[i] for i in range(len(by_id))) if sorted(by_id) == list(range(len(names))) else ()
+
+
+def _literal(about: About, name: str, otherwise: Any) -> Any:
+    """A value of the metadata, written as Python or JSON writes it; `otherwise` where there is none."""
+    try:
+        value = ast.literal_eval(about.metadata.get(name, ""))  # which runs nothing: literals only
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return otherwise
+    return value
 
 
 def _listed(folder: Path) -> tuple[str, ...]:
@@ -237,11 +265,9 @@ def _size(name: str, asked: int, layout: _Layout, about: About) -> int:
         if asked not in (0, layout.side):
             raise BadInput(f"{name} takes pictures of {layout.side} pixels only, but imgsz is {asked}")
         return layout.side
-    try:
-        own = max(ast.literal_eval(about.metadata.get("imgsz", "")))
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        own = _SIZE
-    size = asked or (own if isinstance(own, int) and 32 <= own <= 8192 else _SIZE)
+    own = _literal(about, "imgsz", None)
+    sides = own if isinstance(own, list | tuple) and own and all(isinstance(n, int) for n in own) else (_SIZE,)
+    size = asked or (max(sides) if 32 <= max(sides) <= 8192 else _SIZE)
     if size % layout.stride:
         raise BadInput(f"{name} needs imgsz to be a multiple of {layout.stride}, but got {size}")
     return size
@@ -332,7 +358,7 @@ class Detector:
             passed = self._passed(score, class_id)
             middle, half = out[:2, passed].T, out[2:4, passed].T / 2
             columns = [middle - half, middle + half, score[passed, None], class_id[passed, None]]
-            return yolohead.suppressed(torch.cat(columns, 1), self._params)
+            return yolohead._suppressed(torch.cat(columns, 1), self._params)
         return out[self._passed(out[:, 4], out[:, 5])][: self._params.max_det]
 
     def _passed(self, score: Any, class_id: Any) -> Any:

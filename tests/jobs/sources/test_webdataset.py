@@ -274,6 +274,21 @@ def test_headers_without_end_are_refused_in_little_memory(tmp_path: Path) -> Non
             tracemalloc.stop()
 
 
+def test_many_large_headers_of_one_member_are_refused(tmp_path: Path) -> None:
+    """Each is small enough, and tarfile would keep them all."""
+    member = tarfile.TarInfo("a.jpg")
+    long = tarfile.TarInfo("h")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 700 * 1024
+    for count in (1, 2):
+        header = (long.tobuf() + b"n".ljust(long.size, b"\0")) * count
+        (tmp_path / "t.tar").write_bytes(header + member.tobuf() + bytes(1024))
+        if count == 1:
+            assert listed(tmp_path / "t.tar") == []  # its name is "n"
+        else:
+            with pytest.raises(BadInput, match="more than 1048576 bytes"):
+                listed(tmp_path / "t.tar")
+
+
 def test_a_long_tar_is_listed_in_little_memory(tmp_path: Path) -> None:
     """Python's own iteration keeps every member: about 2 KB each."""
     with (tmp_path / "t.tar").open("wb") as file:

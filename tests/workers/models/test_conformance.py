@@ -47,6 +47,16 @@ def _yolo(folder: Path) -> Path:
     return folder / "yolo.pt"
 
 
+def _onnxfile(folder: Path) -> Path:
+    from workers import ultralytics_checkpoints
+
+    path = _yolo(folder)
+    with ultralytics_checkpoints.library():
+        from ultralytics import YOLO
+
+        return Path(YOLO(path).export(format="onnx", imgsz=64, dynamic=True, simplify=False, verbose=False))
+
+
 def _rtdetr(folder: Path) -> Path:
     import torch
     import yaml
@@ -197,6 +207,7 @@ WEIGHTS: dict[str, Callable[[Path], Path] | None] = {
     "transform": None,
     "diffusion": _diffusion,
     "yolo": _yolo,
+    "onnxfile": _onnxfile,
     "detr": _detr,
     "rtdetr": _rtdetr,
     "torchvision_detection": _torchvision_detection,
