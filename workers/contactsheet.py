@@ -19,7 +19,7 @@ from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import Outcome
 from storage.tables import shard
-from workers import images
+from workers import images, videos
 
 _MASKS = 50  # of one image at most
 _COLUMNS, _ROWS, _CELL = 4, 3, 320  # cells are square, in pixels
@@ -97,7 +97,10 @@ def _picture(chosen: _Chosen, store: Store, settings: Settings) -> images.Pixels
     result: Any = chosen.outcome.result
     if hasattr(result, "blob_name"):
         return images.decode(store.get(shardfile.blob_key(chosen.object_key, result)), limits).pixels
-    pixels = images.decode(objects.read(chosen.outcome.uri, settings, settings.max_image_bytes), limits).pixels
+    uri = chosen.outcome.uri
+    frame = uri.startswith("frame:")
+    data = videos.read(uri, settings) if frame else objects.read(uri, settings, settings.max_image_bytes)
+    pixels = images.decode(data, limits).pixels
     return images.crop(pixels, chosen.data["crop"]) if "crop" in chosen.data else pixels
 
 

@@ -186,6 +186,20 @@ def test_a_build_that_fails_leaves_nothing_and_the_next_tries_again(store: Store
     assert machine(store, tmp_path / "one").get(ABOUT, "a", writes(b"whole")).read_bytes() == b"whole"
 
 
+def test_what_did_not_reach_the_store_is_not_named_there(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks_off(*args: object) -> None:
+        raise Unavailable("the connection broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "put_file", breaks_off)
+        assert machine(store, tmp_path / "one").get(ABOUT, "a", writes(b"graph")).read_bytes() == b"graph"
+    assert engines.entries(store) == []
+    assert machine(store, tmp_path / "two").get(ABOUT, "a", writes(b"graph")).read_bytes() == b"graph"
+    assert len(engines.entries(store)) == 1
+
+
 def test_damage_on_the_machine_is_fetched_again(store: Store, tmp_path: Path) -> None:
     path = machine(store, tmp_path / "one").get(ABOUT, "a", writes(b"graph"))
     path.write_bytes(b"grapX")

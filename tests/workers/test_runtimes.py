@@ -239,6 +239,17 @@ def test_a_wrong_export_is_noticed_and_not_kept(name: str, tmp_path: Path, monke
     assert list(store.list()) == []
 
 
+def test_a_network_that_magnifies_rounding_is_not_refused_for_it(tmp_path: Path) -> None:
+    """A module whose own float32 is off by 0.03, and which while it is traced computes without that."""
+
+    class Coarse(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 1.0 if torch.compiler.is_exporting() else (x + 1e6) - 1e6
+
+    net = Network("coarse", Coarse, {"x": torch.zeros(2, 3)}, ("y",), {"x": {0: "batch"}, "y": {0: "batch"}})
+    onnxgraph.export(net, "fp32", tmp_path / "coarse.onnx")
+
+
 def test_half_precision_is_exported_and_compared(tmp_path: Path) -> None:
     onnxgraph.export(network(copied), "fp16", tmp_path / "two.onnx")
     out = onnxgraph.opened(tmp_path / "two.onnx", 1)(images=torch.ones(1, 3, 8, 8), bias=torch.zeros(1))["out"]
@@ -416,8 +427,6 @@ def test_a_model_computes_on_while_the_next_ones_network_is_exported(tmp_path: P
     assert onnxgraph.opened(tmp_path / "dinov2.onnx", 1)(images=torch.zeros(1, 3, 56, 56))["output"].shape == (1, 64)
     with pytest.raises(NotRunnable, match="the model has no network 'other'; it has: dinov2"):
         exporting.export(job, path, dataclasses.replace(found[0], name="other"), "fp32", tmp_path / "x.onnx")
-    with pytest.raises(NotRunnable, match=r"dinov2 was not exported to ONNX: exit 1, .*IndexError"):
-        exporting.export(dataclasses.replace(job, kind="nonsense"), path, found[0], "fp32", tmp_path / "x.onnx")
 
 
 # ----------------------------------------------------------------------------------------------- TensorRT without a GPU
