@@ -144,6 +144,8 @@ from __future__ import annotations
 
 from workers.runtimes import torch
 
+BUILDS = False
+
 
 def installed():
     return torch.installed()
