@@ -25,7 +25,8 @@ from storage.errors import BadInput, Misconfigured
 from storage.objects import open_store
 from storage.settings import load
 from tests.workers.models import test_conformance as families
-from workers import exporting, models, onnxgraph, runtimes, weights
+from tests.workers.models import test_yolo as of_yolo
+from workers import exporting, models, onnxgraph, runtimes, ultralytics_checkpoints, weights
 from workers.engines import Engines
 from workers.loaded import Models
 from workers.models import Item, Site
@@ -303,11 +304,18 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def _spread_yolo(folder: Path) -> Path:
+    """Random weights whose outputs follow from the picture: those of a new model hardly leave the biases."""
+    with ultralytics_checkpoints.library():
+        from ultralytics.utils import ASSETS
+    return of_yolo.checkpoint(folder, "yolov8n", list(of_yolo.pictures(Path(ASSETS)).values())[:2])
+
+
 @pytest.fixture(scope="module", params=NETWORKS)
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
     name, params = NETWORKS[request.param]
     family, card = models.family(request.param), models.family(request.param).CARDS[0]
-    build = families.WEIGHTS[request.param]
+    build = _spread_yolo if request.param == "yolo" else families.WEIGHTS[request.param]
     assert build is not None
     found: list[Network] = []
 
@@ -375,6 +383,17 @@ def test_a_worker_opens_its_model_in_the_jobs_runtime(tmp_path: Path, monkeypatc
         answers += loaded.model.infer([loaded.model.prepare(image, Item("k"))])
         held.close()
     assert all(families.same(answers[0], answer) for answer in answers[1:])
+
+
+def test_an_engine_belongs_to_weights_and_parameters(tmp_path: Path) -> None:
+    """A parameter may change what a network computes and neither its name nor its shapes."""
+    held = Models(open_store((tmp_path / "store").as_uri(), load()), load(), "cpu")
+    base = {"dataset": "x", "kind": "detections", "family": "yolo", "weights_sha256": "a", "params": {"nms": True}}
+    job = JobSpec(**base, model="m")
+    others = [{"weights_sha256": "b"}, {"params": {"nms": False}}, {"family": "rtdetr"}, {"kind": "masks"}]
+    named = [held._engines(dataclasses.replace(job, **other), None).model for other in [{}, *others]]
+    assert all(one != other for i, one in enumerate(named) for other in named[:i])
+    assert held._engines(dataclasses.replace(job, dataset="y", model="n"), None).model == named[0]
 
 
 def test_a_network_that_a_runtime_cannot_run_runs_in_torch(

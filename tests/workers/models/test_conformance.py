@@ -48,10 +48,13 @@ def _yolo(folder: Path) -> Path:
 
 
 def _onnxfile(folder: Path) -> Path:
+    import warnings
+
     from workers import ultralytics_checkpoints
 
     path = _yolo(folder)
-    with ultralytics_checkpoints.library():
+    with ultralytics_checkpoints.library(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what tracing says of the library's own code
         from ultralytics import YOLO
 
         return Path(YOLO(path).export(format="onnx", imgsz=64, dynamic=True, simplify=False, verbose=False))

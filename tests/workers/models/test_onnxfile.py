@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,7 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, pictures: dict[str, np.ndarr
     samples = list(pictures.values())
     found: dict[str, Path] = {}
     checkpoints = {series: of_yolo.checkpoint(folder, series, samples) for series in ("yolov8n", "yolo26n")}
-    with ultralytics_checkpoints.library():
+    with ultralytics_checkpoints.library(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what tracing says of the library's own code
         from ultralytics import YOLO
 
         for name, (series, given) in EXPORTS.items():
