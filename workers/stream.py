@@ -52,7 +52,7 @@ class Stream:
     def __init__(self, db: Database, store: Store, settings: Settings, incarnation: Incarnation, device: str) -> None:
         self.db, self.store, self.settings, self.me = db, store, settings, incarnation
         self.device = device
-        self.models = Models(store, settings, device)
+        self.models = Models(store, settings, device, incarnation.work.moved)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
         self._fetchers = ThreadPoolExecutor(max(8, threads), thread_name_prefix="fetch")
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")

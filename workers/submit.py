@@ -59,6 +59,7 @@ def resolve(
     resolved = models.resolve(model, kind, params, fetch)
     card = resolved.card
     queue = _queue(db, settings, device, card)
+    runtimes.check(runtime, "cpu" if queue == "cpu" else "cuda", precision)
     sha256 = key = ""
     if resolved.weights_path is not None:
         sha256 = weights.sha256_of(resolved.weights_path)
