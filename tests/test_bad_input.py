@@ -296,7 +296,7 @@ ON_A_DONE_JOB = {
     "priority huge": (("priority", "1", "9" * 30), 2, "a priority must be from"),
     "drain unknown": (("drain", "abc"), 2, "imagemill workers"),
     "export unknown": (("export", "99", "--format", "coco", "--to", "OUT"), 2, "there is no job '99'"),
-    "format": (("export", "1", "--format", "coko", "--to", "OUT"), 2, "known formats: coco"),
+    "format": (("export", "1", "--format", "coko", "--to", "OUT"), 2, "known formats: classmaps"),
     "format option": (("export", "1", "--format", "coco", "--to", "OUT", "--option", "x=1"), 2, "no option 'x'"),
     "export url": (("export", "1", "--format", "coco", "--to", "ftp://host/x"), 2, "s3://bucket/prefix"),
     "export full folder": (("export", "1", "--format", "coco", "--to", "FILES/images"), 2, "not empty"),

@@ -198,7 +198,7 @@ def test_a_paused_job_stands_still_and_a_cancelled_one_is_over(mill: Mill) -> No
     assert support.executions(mill.stack) == before
     run(mill.stack, "resume", str(job_id))
     assert mill.wait(job_id).state == "done"
-    other = mill.submit(source, "--force", *slow)
+    other = mill.submit(source, "--param", "delay_ms=1500")  # half a minute: the order comes while it runs
     run(mill.stack, "cancel", str(other))
     row = mill.wait(other)
     assert row.state == "cancelled"
