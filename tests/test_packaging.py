@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("jobs", "storage", "workers")
 # Extras whose libraries only machines with such a device install, so that no test run can tell their pins.
-DEVICE_EXTRAS = ("gpu")
+DEVICE_EXTRAS = ("gpu",)
 # Written in two parts: this file is searched as well.
 REGISTRY_HOSTS = tuple(
     name + rest
