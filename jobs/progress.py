@@ -155,8 +155,9 @@ class Profile:
 
     Attributes:
         items: of those shards.
-        seconds: stage -> seconds; fetch, decode, prepare and write are summed over their threads, device and idle are
-            what the device worked and waited for.
+        seconds: stage -> seconds. Fetch, decode, prepare and write are summed over their threads. Of the thread that
+            drives the device: device, while networks ran; post, for what made results of their outputs; idle and gap,
+            while it waited, within a shard and for a shard's first batch.
     """
 
     items: int
@@ -165,7 +166,7 @@ class Profile:
     @property
     def busy(self) -> float | None:
         """The share of its time that the device worked, or None when nothing has run."""
-        whole = self.seconds.get("device", 0.0) + self.seconds.get("idle", 0.0)
+        whole = sum(self.seconds.get(stage, 0.0) for stage in ("device", "post", "idle", "gap"))
         return self.seconds.get("device", 0.0) / whole if whole else None
 
 

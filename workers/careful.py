@@ -20,7 +20,7 @@ from workers import batches, faults
 from workers.models import Prepared
 
 if TYPE_CHECKING:
-    from workers.inhand import Ready, Run
+    from workers.inhand import Arrivals, Ready, Run
     from workers.stream import Stream
 
 _MICRO_BATCH = 16
@@ -78,10 +78,10 @@ def work(stream: Stream, run: Run, must_stop: Callable[[], bool]) -> bool:
 
 def _touch(stream: Stream, run: Run, positions: Sequence[int]) -> None:
     """Fetch, decode, prepare and infer a few items, and nothing else meanwhile."""
-    arrived: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()
+    arrived: Arrivals = queue.SimpleQueue()
     for position in positions:
-        stream.fetch_and_prepare(run, position, arrived)
-    ready = [item for _ in positions if (item := arrived.get()) is not None]
+        stream.fetch_and_prepare(run, [position], arrived)
+    ready = [item for _ in positions for item in arrived.get() or ()]
     for item in ready:
         if isinstance(item.answer, ItemFailed):
             run.outcomes[item.position] = stream.outcome(run, item.position, item.size, item.answer)

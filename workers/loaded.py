@@ -8,8 +8,10 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jobs.spec import JobSpec
 from storage.errors import BadInput, ImagemillError, Misconfigured
@@ -46,12 +48,19 @@ class Models:
 
     Args:
         moving: called every few seconds while a runtime builds what it needs, to show that the process lives.
+        running: a context that each call of a network runs in.
     """
 
     def __init__(
-        self, store: Store, settings: Settings, device: str, moving: Callable[[], None] = lambda: None
+        self,
+        store: Store,
+        settings: Settings,
+        device: str,
+        moving: Callable[[], None] = lambda: None,
+        running: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.store, self.settings, self.device, self._moving = store, settings, device, moving
+        self.store, self.settings, self.device = store, settings, device
+        self._moving, self._running = moving, running
         self._lock = threading.Lock()
         self._held: OrderedDict[str, Loaded] = OrderedDict()
         self._encodings = StoredEncodings(store, settings.encodings_bytes)
@@ -98,7 +107,7 @@ class Models:
         path = None
         if spec.weights:
             path = weights.fetch(self.store, spec.weights, spec.weights_sha256, self.settings.cache_folder)
-        opener = _Opener(spec, self.device, self._engines(spec, path))
+        opener = _Opener(spec, self.device, self._engines(spec, path), self._running)
         site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, self._encodings)
         try:
             model: Model = family.load(card, card.params(**spec.params), path, site)
@@ -129,6 +138,7 @@ class _Opener:
     spec: JobSpec
     device: str
     engines: Engines
+    running: Callable[[], AbstractContextManager[None]]
     _used: set[str] = field(default_factory=set)
 
     def open(self, network: Network) -> Session:
@@ -148,7 +158,12 @@ class _Opener:
     def _open_in(self, name: str, network: Network) -> Session:
         session = runtimes.open_network(name, network, self.device, self.spec.precision, self.engines)
         self._used.add(name)
-        return session
+
+        def run(**inputs: Any) -> dict[str, Any]:
+            with self.running():
+                return session(**inputs)
+
+        return run
 
     def used(self) -> str:
         """The runtimes of all networks that were opened, the job's own for a model that opens none."""

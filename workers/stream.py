@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import time
 import uuid
 from collections.abc import Sequence
@@ -31,8 +30,9 @@ from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import Outcome
 from workers import faults, images, provenance, videos
+from workers.computing import Computing
 from workers.incarnation import Incarnation
-from workers.inhand import Ready, Room, Run, attempt_prefix
+from workers.inhand import Arrivals, Portion, Ready, Room, Run, attempt_prefix
 from workers.loaded import Models
 from workers.models import Item, Prepared
 from workers.sandbox import Sandbox
@@ -52,7 +52,8 @@ class Stream:
     def __init__(self, db: Database, store: Store, settings: Settings, incarnation: Incarnation, device: str) -> None:
         self.db, self.store, self.settings, self.me = db, store, settings, incarnation
         self.device = device
-        self.models = Models(store, settings, device, incarnation.work.moved)
+        self.computing, self.portion = Computing(device), Portion()
+        self.models = Models(store, settings, device, incarnation.work.moved, self.computing.running)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
         self._fetchers = ThreadPoolExecutor(max(8, threads), thread_name_prefix="fetch")
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -99,22 +100,29 @@ class Stream:
 
     # ---------------------------------------------------------------- one item, in the pools' threads
 
-    def fetch_and_prepare(self, run: Run, position: int, ready: queue.SimpleQueue[Ready | None]) -> None:
-        """Start one item on its way; it arrives in `ready` whatever happens."""
-        self._fetchers.submit(self._fetch, run, position, ready)
+    def fetch_and_prepare(self, run: Run, positions: Sequence[int], ready: Arrivals) -> None:
+        """Start items on their way; each arrives in `ready` once, whatever happens, together with others or alone."""
+        self._fetchers.submit(self._fetch, run, positions, ready)
 
-    def _fetch(self, run: Run, position: int, ready: queue.SimpleQueue[Ready | None]) -> None:
-        try:
-            uri = run.rows[position].uri
-            with run.timed("fetch"):
-                data = b"" if run.dropped or not uri else self._read(run, uri)
-        except ItemFailed as error:
-            ready.put(Ready(run, position, None, error))
-        except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
-            ready.put(Ready(run, position, None, _unexpected("fetch", error)))
-        else:
-            self._encoded.take(len(data))
-            self._decoders.submit(self._prepare, run, position, data, ready)
+    def _fetch(self, run: Run, positions: Sequence[int], ready: Arrivals) -> None:
+        started = time.perf_counter()
+        fetched: list[tuple[int, bytes]] = []
+        failed: list[Ready] = []
+        for position in positions:
+            try:
+                uri = run.rows[position].uri
+                fetched.append((position, b"" if run.dropped or not uri else self._read(run, uri)))
+            except ItemFailed as error:
+                failed.append(Ready(run, position, None, error))
+            except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
+                failed.append(Ready(run, position, None, _unexpected("fetch", error)))
+        seconds = time.perf_counter() - started
+        run.spent("fetch", seconds)
+        if failed:
+            ready.put(failed)
+        if fetched:
+            self._encoded.take(sum(len(data) for _, data in fetched))
+            self._decoders.submit(self._prepare, run, fetched, seconds, ready)
 
     def _read(self, run: Run, uri: str) -> bytes:
         try:
@@ -161,7 +169,21 @@ class Stream:
             time.sleep(min(5.0, self.settings.lease_seconds / 4))
             self._failed_fetches = _OUTAGE_FETCHES - 1
 
-    def _prepare(self, run: Run, position: int, data: bytes, ready: queue.SimpleQueue[Ready | None]) -> None:
+    def _prepare(self, run: Run, fetched: Sequence[tuple[int, bytes]], fetch_s: float, ready: Arrivals) -> None:
+        """Pixels, then what the model takes, of items that were fetched together in `fetch_s` seconds."""
+        waited_s = 0.0
+        started = time.perf_counter()
+        done: list[Ready] = []
+        for position, data in fetched:
+            before = time.perf_counter()
+            self.computing.wait()
+            waited_s += time.perf_counter() - before
+            done.append(self._prepared_one(run, position, data))
+        self.portion.took(len(fetched), fetch_s + time.perf_counter() - started - waited_s)
+        self._encoded.give(sum(len(data) for _, data in fetched))
+        ready.put(done)
+
+    def _prepared_one(self, run: Run, position: int, data: bytes) -> Ready:
         size, answer = None, None
         try:
             size, answer = self._decode(run, position, data)
@@ -173,8 +195,7 @@ class Stream:
             answer = _unexpected("decode", error)
         except Exception as error:  # noqa: BLE001 (as above)
             answer = _unexpected("prepare", error)
-        self._encoded.give(len(data))
-        ready.put(Ready(run, position, size, answer))
+        return Ready(run, position, size, answer)
 
     def _decode(self, run: Run, position: int, data: bytes) -> tuple[tuple[int, int] | None, Prepared | ItemFailed]:
         if run.dropped:

@@ -9,7 +9,9 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from jobs import leases
@@ -18,7 +20,7 @@ from storage import shardfile
 from storage.errors import Conflict, ImagemillError, ItemFailed, Unavailable
 from workers import batches, careful, faults
 from workers.batches import Buckets
-from workers.inhand import Ready, Run, attempt_prefix
+from workers.inhand import Arrivals, Ready, Room, Run, attempt_prefix
 from workers.models import Prepared
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ log = logging.getLogger("imagemill.worker")
 
 _PATIENCE_S = 0.2  # an unfilled batch waits so long for pictures that are being decoded
 _AFFINITY_SHARDS = 16  # of one model in a row, before other jobs are looked at without preference
+_LOOK_S = 0.02  # between two looks at orders
+_CLAIM_S = 0.25  # a claim takes less; where all that is under way is done sooner, the next one is asked for early
 
 
 class Ticket:
@@ -39,12 +43,14 @@ class Ticket:
         # What is in hand may take longer, but not until Celery's time limit, which would look like a crash: a shard
         # of slow pictures is then given back with what is done of it, and gone on with under the next ticket.
         self.until_in_hand = self.until + stream.settings.stall_seconds / 2
-        self.ready: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()
+        self.ready: Arrivals = queue.SimpleQueue()
         self.buckets: Buckets[Ready] = Buckets()
         self.runs: dict[int, Run] = {}  # by shard id; those with items still under way
         self.finishing: list[Any] = []
-        self._slots = threading.Semaphore(0)
-        self._slots_given = 0
+        self._slots = Room(0)  # items between the feeder and their outcome
+        self._claimer = ThreadPoolExecutor(1, thread_name_prefix="claim")
+        self._ahead: Future[Run | None] | None = None  # the shard after the one that is handed out
+        self._looked_at = 0.0
         self._fed_all = threading.Event()
         self._underway = 0  # items between the feeder and the device loop
         self._lock = threading.Lock()
@@ -67,6 +73,7 @@ class Ticket:
             raise
         finally:
             feeder.join()
+            self._claimer.shutdown()
             for future in self.finishing:
                 future.result()
         return self.more
@@ -86,24 +93,23 @@ class Ticket:
                     self.me.work.moved()  # waiting for work is not being stuck
             else:
                 waited_since = None
-                if arrived is not None:
+                if arrived:
                     self._arrived(arrived)
             self._work_carefully()
-            self._obey()
+            if time.monotonic() - self._looked_at > _LOOK_S:
+                self._obey()
+        self._obey()
 
     # ---------------------------------------------------------------- the feeding thread
 
     def _feed(self) -> None:
         try:
-            while self._may_go_on():
-                run = self._next_run()
-                if run is None:
-                    return
+            while (run := self._following()) is not None:
                 if run.claim.careful:
                     self._hand_over(run)
                 else:
                     self._hand_out(run)
-            self.more = True
+            self.more = self.more or not self._may_go_on()
         except Exception:
             log.exception("the feeding thread broke; its shards are given back")
             for run in list(self.runs.values()):
@@ -111,6 +117,12 @@ class Ticket:
         finally:
             self._fed_all.set()
             self.ready.put(None)
+
+    def _following(self) -> Run | None:
+        """The next shard: the one that was claimed ahead, which is in hand even when nothing may go on any more."""
+        ahead, self._ahead = self._ahead, None
+        run = ahead.result() if ahead is not None else None
+        return run or self._next_run()
 
     def _may_go_on(self) -> bool:
         return time.monotonic() < self.until and not self._must_stop()
@@ -186,20 +198,32 @@ class Ticket:
         self.runs[run.claim.shard_id] = run
         todo = [i for i in range(run.claim.items) if i not in run.outcomes]
         if not todo:
-            self.ready.put(Ready(run, -1, None, ItemFailed("shard", "complete", "nothing left to do")))
+            self.ready.put([Ready(run, -1, None, ItemFailed("shard", "complete", "nothing left to do"))])
         self._widen(run)
-        for position in todo:
-            while not self._slots.acquire(timeout=0.1):
-                if run.dropped or self._must_stop():
-                    break
+        at = 0
+        while at < len(todo):
+            part = todo[at : at + self.stream.portion.size]
+            while not (run.dropped or self._must_stop() or self._slots.take(len(part), timeout_s=0.1)):
+                pass
             if run.dropped or self._must_stop():
                 run.dropped = True
                 break
             with self._lock:
-                self._underway += 1
-            self.stream.fetch_and_prepare(run, position, self.ready)
+                self._underway += len(part)
+            self.stream.fetch_and_prepare(run, part, self.ready)
+            at += len(part)
+            if self._ahead is None and self._is_short(len(todo) - at):
+                self._ahead = self._claimer.submit(self._next_run)
         if run.dropped:
             self.ready.put(None)
+
+    def _is_short(self, left: int) -> bool:
+        """Whether the device will be done with all that is under way and left of this shard before a claim could be.
+
+        A shard claimed ahead is one that no other worker can take, so slow models ask for it late.
+        """
+        rate = self.me.work.rate
+        return rate > 0 and self._underway + left < rate * _CLAIM_S
 
     def _hand_over(self, run: Run) -> None:
         """A shard that may kill the process runs alone: wait for all others, then let the device thread do it."""
@@ -217,10 +241,7 @@ class Ticket:
 
     def _widen(self, run: Run) -> None:
         """Let enough items be under way for a few batches of this model."""
-        wanted = max(64, 4 * run.loaded.size.asked)
-        for _ in range(wanted - self._slots_given):
-            self._slots.release()
-        self._slots_given = max(wanted, self._slots_given)
+        self._slots.widen(max(64, 4 * run.loaded.size.asked, 8 * self.stream.portion.size))
 
     # ---------------------------------------------------------------- the device thread
 
@@ -239,51 +260,54 @@ class Ticket:
         finally:
             done.set()
 
-    def _arrived(self, item: Ready) -> None:
-        if item.position >= 0:
-            with self._lock:
-                self._underway -= 1
-        if item.run.dropped:
-            self._free(item)
-        elif item.position < 0:
-            self._complete_if(item.run)
-        elif isinstance(item.answer, ItemFailed):
-            self._deliver([item], [item.answer])
-        else:
-            group = (item.run.loaded.key, item.answer.group)
-            full = self.buckets.add(group, item, item.run.loaded.size.safe)
-            if full:
-                self._infer(full)
+    def _arrived(self, items: Sequence[Ready]) -> None:
+        counted = sum(item.position >= 0 for item in items)
+        with self._lock:
+            self._underway -= counted
+        failed = []
+        for item in items:
+            if item.position < 0:
+                self._complete_if(item.run)
+            elif item.run.dropped:
+                self._slots.give(1)
+            elif isinstance(item.answer, ItemFailed):
+                failed.append(item)
+            else:
+                loaded = item.run.loaded
+                full = self.buckets.add((loaded.key, item.answer.group), item, loaded.size.safe)
+                if full:
+                    self._infer(full)
+        if failed:
+            self._deliver(failed, [item.answer for item in failed])
 
     def _infer(self, batch: list[Ready]) -> None:
-        batch, dropped = [i for i in batch if not i.run.dropped], [i for i in batch if i.run.dropped]
-        for item in dropped:
-            self._free(item)
-        if not batch or not self.me.may_write():
-            for item in batch:
-                self._free(item)
+        wanted = [item for item in batch if not item.run.dropped] if self.me.may_write() else []
+        self._slots.give(len(batch) - len(wanted))
+        if not wanted:
             return
+        batch = wanted
         loaded = batch[0].run.loaded
         started = time.perf_counter()
-        batch[0].run.spent("idle", started - self._free_since)
+        first = batch[0].run
+        first.spent("idle" if first.begun else "gap", started - self._free_since)
+        first.begun = True
         prepared = [item.answer for item in batch if isinstance(item.answer, Prepared)]
         answers = batches.infer(loaded.model, prepared, loaded.size)
         faults.point("inferred")
         self._free_since = time.perf_counter()
-        each = (self._free_since - started) / len(batch)
-        for item in batch:
-            item.run.spent("device", each)
+        whole_s = self._free_since - started
+        device_s = self.stream.computing.take_s() or whole_s  # a model without networks of ours is all device
+        for run, count in Counter(item.run for item in batch).items():
+            run.spent("device", device_s * count / len(batch))
+            run.spent("post", max(0.0, whole_s - device_s) * count / len(batch))
         self._deliver(batch, answers)
 
-    def _free(self, item: Ready) -> None:
-        self._slots.release()
-
     def _deliver(self, items: Sequence[Ready], answers: Sequence[Any]) -> None:
+        self._slots.give(len(items))
         for item, answer in zip(items, answers, strict=True):
-            self._free(item)
             item.run.outcomes[item.position] = self.stream.outcome(item.run, item.position, item.size, answer)
         self.me.work.moved(len(items))
-        for run in {id(item.run): item.run for item in items}.values():
+        for run in {item.run for item in items}:
             self.me.work.progress = {**self.me.work.progress, run.claim.shard_id: len(run.outcomes)}
             self._complete_if(run)
 
@@ -294,6 +318,7 @@ class Ticket:
 
     def _obey(self) -> None:
         """Give back what may not go on: everything on a drain, the shards of cancelled and paused jobs, lost ones."""
+        self._looked_at = time.monotonic()
         if not self.me.may_write():
             for run in self.runs.values():
                 run.dropped = True

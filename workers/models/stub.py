@@ -7,8 +7,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
@@ -71,7 +73,7 @@ def load(card: Card, params: Params, weights: Path | None, site: Site | None) ->
 
 def expected(image: Image, params: Params | None = None) -> Result:
     """What the stub finds in a picture: a pure function of its size and pixels."""
-    return _found(_checksum(image), image.shape[0], image.shape[1], (params or Params()).objects)
+    return _found([_checksum(image)], [image.shape[:2]], (params or Params()).objects)[0]
 
 
 def fails(image: Image, params: Params) -> bool:
@@ -86,9 +88,12 @@ class Stub:
         self._params = params
 
     def prepare(self, image: Image | None, item: Item) -> Prepared:
-        """Keeps the checksum; wide and tall pictures make two groups, as a detector's padded shapes would."""
+        """Keeps the checksum; wide and tall pictures make two groups, as a detector's padded shapes would.
+
+        An item without a picture has the checksum of its key: so that what lies around a model can be loaded alone.
+        """
         if image is None:
-            raise ItemFailed("prepare", "no-image", "the stub looks at pictures, and this item has none")
+            return Prepared("none", zlib.crc32(item.key.encode()), 0, (1, 1))
         height, width = image.shape[:2]
         group = "wide" if width >= height else "tall"
         return Prepared(group, _checksum(image), image.nbytes, (height, width))
@@ -99,16 +104,16 @@ class Stub:
             raise MemoryError(f"pretended: a batch of {len(batch)} is over {self._params.oom_above}")
         if batch and self._params.delay_ms:
             time.sleep(self._params.delay_ms / 1000)
-        return [self._one(item) for item in batch]
+        found = _found([item.data for item in batch], [item.meta for item in batch], self._params.objects)
+        return [self._failure(item.data) or result for item, result in zip(batch, found, strict=True)]
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _one(self, item: Prepared) -> Result | ItemFailed:
-        if self._params.fail_every and item.data % self._params.fail_every == 0:
-            return ItemFailed("infer", "pretended", f"checksum {item.data} is a multiple of {self._params.fail_every}")
-        height, width = item.meta
-        return _found(item.data, height, width, self._params.objects)
+    def _failure(self, checksum: int) -> ItemFailed | None:
+        if self._params.fail_every and checksum % self._params.fail_every == 0:
+            return ItemFailed("infer", "pretended", f"checksum {checksum} is a multiple of {self._params.fail_every}")
+        return None
 
 
 def _checksum(image: Image) -> int:
@@ -117,12 +122,31 @@ def _checksum(image: Image) -> int:
     return zlib.crc32(np.ascontiguousarray(image).data, zlib.crc32(size))
 
 
-def _found(checksum: int, height: int, width: int, objects: int) -> Result:
-    """Boxes, scores in 0.3..1 and labels drawn from the checksum, best first."""
-    # PCG64 seeded by one integer: numpy promises the stream of a bit generator.
-    draws = np.random.Generator(np.random.PCG64(checksum)).random((objects, 6))
-    draws = draws[np.argsort(-draws[:, 4], kind="stable")]
-    corners = np.sort(draws[:, :4].reshape(-1, 2, 2), axis=1).reshape(-1, 4)
-    boxes = (corners * [width, height, width, height]).astype(np.float32)
-    ids = (draws[:, 5] * len(LABELS)).astype(np.int32)
-    return Result(boxes, (0.3 + 0.7 * draws[:, 4]).astype(np.float32), ids, tuple(LABELS[i] for i in ids.tolist()))
+def _found(checksums: Sequence[int], sizes: Sequence[tuple[int, ...]], objects: int) -> list[Result]:
+    """For each picture boxes, scores in 0.3..1 and labels drawn from its checksum, best first.
+
+    Args:
+        sizes: (height, width) of each.
+    """
+    draws = _draws(np.array(checksums, np.uint64), objects)
+    order = np.argsort(-draws[:, :, 4], axis=1, kind="stable")
+    draws = np.take_along_axis(draws, order[:, :, None], axis=1)
+    corners = np.sort(draws[:, :, :4].reshape(len(checksums), objects, 2, 2), axis=2)
+    extent = np.array([(width, height) for height, width in sizes], np.float64).reshape(-1, 1, 1, 2)
+    boxes = (corners * extent).astype(np.float32).reshape(-1, objects, 4)
+    scores = (0.3 + 0.7 * draws[:, :, 4]).astype(np.float32)
+    ids = (draws[:, :, 5] * len(LABELS)).astype(np.int32)
+    labels = [tuple(LABELS[i] for i in row) for row in ids.tolist()]
+    return [Result(*one) for one in zip(boxes, scores, ids, labels, strict=True)]
+
+
+def _draws(seeds: npt.NDArray[np.uint64], objects: int) -> npt.NDArray[np.float64]:
+    """(n, objects, 6) numbers in 0..1, a pure function of each seed: SplitMix64 (Steele and others, OOPSLA 2014)."""
+    state: Any = (seeds[:, None] << np.uint64(16)) + np.arange(1, 6 * objects + 1, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        state = state * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    unit: npt.NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) / 2.0**53
+    return unit.reshape(len(seeds), objects, 6)
