@@ -120,9 +120,12 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--priority", type=int, default=0, show_default=True, help="Higher runs first."),
         click.option("--shard-size", type=int, help="Items in a shard; default 256, for images that are made 64."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu."),
-        click.option("--batch", type=int, help="Items in one forward pass; default 8 on a CPU, 32 on a GPU."),
-        click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16."),
-        click.option("--runtime", default="torch", show_default=True, help="torch, onnx, openvino or tensorrt."),
+        click.option("--batch", type=int, help="Items in one forward pass; measured, or 8 on a CPU and 32 on a GPU."),
+        click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16."),
+        click.option("--runtime", default="auto", show_default=True, help="auto, torch, onnx, openvino or tensorrt."),
+        click.option(
+            "--exact", is_flag=True, help="Torch in fp32, however long the job: --runtime torch --precision fp32."
+        ),
         click.option("--force", is_flag=True, help="Compute every item again, fresh or not."),
         click.option("--prune-all", is_flag=True, help="Prune items gone from the dataset even if more than a fifth."),
         click.option(
@@ -311,12 +314,23 @@ def _submit_and_wait(kind: str, source: str, params: dict[str, Any], options: di
         model=options["model"],
         params=params,
         on_download=show.download,
-        **{name: options[name] for name in ("device", "runtime", "precision", "batch", "shard_size")},
+        **_how_run(options),
+        **{name: options[name] for name in ("device", "batch", "shard_size")},
     )
     how = runjob.How(**{field.name: options[field.name] for field in dataclasses.fields(runjob.How)})
     with show:
         ran = runjob.run(home.db, home.store, home.settings, spec, how, show)
     return _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options)
+
+
+def _how_run(options: dict[str, Any]) -> dict[str, str]:
+    """The runtime and the precision that were asked for."""
+    asked = {"runtime": str(options["runtime"]), "precision": str(options["precision"])}
+    exact = {"runtime": "torch", "precision": "fp32"}
+    for name, value in exact.items() if options["exact"] else ():
+        if asked[name] not in ("auto", value):
+            raise click.UsageError(f"--exact runs in {value}, but --{name} {asked[name]} was given; give one of them")
+    return exact if options["exact"] else asked
 
 
 def _detached(home: Home, status: Status, options: dict[str, Any]) -> int:
@@ -414,9 +428,9 @@ def status(job: str, as_json: bool) -> None:
     if found.reason:
         click.echo(f"  reason     {found.reason}")
     click.echo(f"  dataset    {found.dataset}")
-    click.echo(
-        f"  model      {found.model} ({found.spec['runtime']}, {found.spec['precision']}) on {found.spec['queue']}"
-    )
+    click.echo(f"  model      {found.model} on {found.spec['queue']}")
+    for device, how in found.choices.items():
+        click.echo(f"  runs in    {how.runtime} {how.precision}, batch {how.batch} on {device} ({how.why})")
     click.echo(f"  planned    {found.planned} images ({found.fresh} fresh, {found.pruned} pruned)")
     click.echo(f"  committed  {found.results} results + {found.failures} failures")
     click.echo(f"  live       {found.live} finished, not committed yet, on {found.workers} workers")

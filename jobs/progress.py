@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
 
-from jobs import states
+from jobs import choices, states
+from jobs.choices import Choice
 from jobs.leases import LIVE
 from storage import index
 from storage.database import Database, db_now
@@ -29,6 +30,7 @@ class Status:
         live: finished by workers but not committed yet.
         rate: items a second of the workers that hold its shards.
         time_left_s: at that rate, or None where it cannot be told.
+        choices: kind of device -> how the model is run there; only of one job that is asked for alone.
     """
 
     id: int
@@ -58,6 +60,7 @@ class Status:
     finished_at: float | None
     recipe_id: int
     spec: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -76,7 +79,7 @@ def status(db: Database, job_id: int) -> Status:
     rows = db.query(query.join(recipe, recipe.c.id == job.c.recipe_id).where(job.c.id == job_id))
     if not rows:
         raise NotFound(f"there is no job {job_id}; list them with: imagemill jobs")
-    return _statuses(db, rows)[0]
+    return replace(_statuses(db, rows)[0], choices=choices.of_job(db, job_id))
 
 
 def jobs(db: Database, *, limit: int = 50, active: bool = False) -> list[Status]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from storage.errors import BadInput
 
+AUTO = "auto"
 SCHEMA_VERSION = 1  # of the stored spec; a worker leaves newer ones to newer workers
 
 
@@ -33,7 +34,7 @@ class JobSpec:
         model: the name the user gave, for people.
         weights: key of the weights in the object store, "" for none.
         labels: the model's class names, in the order of its class ids.
-        runtime, precision, batch: "torch", "fp32", images in one forward pass.
+        runtime, precision, batch: "torch", "fp32", images in one forward pass; AUTO, AUTO and 0 leave them to the worker.
         shard_size: items in a shard.
         queue: which workers may run it, by capability.
     """

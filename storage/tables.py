@@ -1,6 +1,6 @@
 """The SQL tables. What a state means is not known here; jobs/states.py knows.
 
-recipe 1--n job 1--n shard 1--n item 1--n item_label;  worker and event stand beside.
+recipe 1--n job 1--n shard 1--n item 1--n item_label;  job 1--n choice;  worker, tuning and event stand beside.
 """
 
 from __future__ import annotations
@@ -181,6 +181,25 @@ item_label = sa.Table(
     Column("objects", Integer, nullable=False),
     Column("top_score", Float, nullable=False),
     Index("ix_item_label_recipe_id_label_top_score", "recipe_id", "label", "top_score"),
+)
+
+# How a model is run on a kind of device: decided once for a job, and what was measured, for all jobs.
+choice = sa.Table(
+    "choice",
+    metadata,
+    Column("job_id", ForeignKey("job.id"), primary_key=True),
+    Column("device", Text, primary_key=True),  # its kind: two like it share a choice
+    Column("value", Json, nullable=False),
+)
+
+tuning = sa.Table(
+    "tuning",
+    metadata,
+    Column("id", Text, primary_key=True),  # sha256 of `about`
+    Column("about", Json, nullable=False),  # model, device, versions
+    Column("value", Json, nullable=False),
+    Column("measured", Json, nullable=False),  # every candidate with its rate and agreement
+    Column("at", Seconds, nullable=False),
 )
 
 event = sa.Table(

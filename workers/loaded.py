@@ -35,12 +35,14 @@ class Loaded:
 
     Attributes:
         runtime: that its networks run in; not the spec's when that one could not run them.
+        networks: whether it has any that runtimes run.
     """
 
     key: str
     model: Model
     size: BatchSize
     runtime: str = "torch"
+    networks: bool = False
 
 
 class Models:
@@ -76,12 +78,15 @@ class Models:
             held = self._held.get(spec.model_key)
             if held is None:
                 self._make_room(in_use())
-                model, runtime = self._load(spec)
-                held = Loaded(spec.model_key, model, self._size(spec), runtime)
+                held = self._load(spec, self._size(spec))
                 self._held[spec.model_key] = held
             self._held.move_to_end(spec.model_key)
             held.size.asked = spec.batch
             return held
+
+    def apart(self, spec: JobSpec) -> Loaded:
+        """The spec's model, loaded for the caller alone, who closes it. Raises as `get`."""
+        return self._load(spec, BatchSize(spec.batch))
 
     def close(self) -> None:
         """Free everything."""
@@ -99,8 +104,7 @@ class Models:
                 return
             self._held.pop(key).model.close()
 
-    def _load(self, spec: JobSpec) -> tuple[Model, str]:
-        """The model, and the runtime that its networks run in."""
+    def _load(self, spec: JobSpec, size: BatchSize) -> Loaded:
         log.info("loading %s (%s, %s)", spec.model, spec.runtime, spec.precision)
         family = models.family(spec.family)
         card = models.card_for(spec.model, spec.family, spec.kind, spec.weights_sha256)
@@ -117,7 +121,7 @@ class Models:
             raise Misconfigured(models.lacking(spec.family, error.name or str(error))) from error
         except Exception as error:
             raise BadInput(f"model {spec.model!r} could not be loaded: {type(error).__name__}: {error}") from error
-        return model, opener.used()
+        return Loaded(spec.model_key, model, size, opener.used(), opener.any)
 
     def _engines(self, spec: JobSpec, path: Path | None) -> Engines:
         # All parameters, since a family alone knows which of them change its networks.
@@ -164,6 +168,11 @@ class _Opener:
                 return session(**inputs)
 
         return run
+
+    @property
+    def any(self) -> bool:
+        """Whether the model has opened a network."""
+        return bool(self._used)
 
     def used(self) -> str:
         """The runtimes of all networks that were opened, the job's own for a model that opens none."""

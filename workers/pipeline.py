@@ -30,7 +30,7 @@ from typing import Any
 from jobs import plan, progress
 from jobs.progress import Status
 from jobs.sources import results
-from jobs.spec import JobSpec
+from jobs.spec import AUTO, JobSpec
 from storage.database import Database
 from storage.errors import BadInput, ImagemillError, Misconfigured
 from storage.objects import Store
@@ -70,8 +70,8 @@ class Step:
     variants: int = 1
     params: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
-    runtime: str = "torch"
-    precision: str = "fp32"
+    runtime: str = AUTO
+    precision: str = AUTO
     batch: int | None = None
     shard_size: int | None = None
 

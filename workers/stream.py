@@ -13,6 +13,7 @@ feeding. Here is what threads do with one item and at the end of a shard; ticket
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -29,7 +30,8 @@ from storage.errors import BadInput, ImagemillError, ItemFailed, Misconfigured, 
 from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import Outcome
-from workers import faults, images, provenance, videos
+from workers import faults, images, provenance, tuning, videos
+from workers.choosing import Choosing
 from workers.computing import Computing
 from workers.incarnation import Incarnation
 from workers.inhand import Arrivals, Portion, Ready, Room, Run, attempt_prefix
@@ -54,6 +56,7 @@ class Stream:
         self.device = device
         self.computing, self.portion = Computing(device), Portion()
         self.models = Models(store, settings, device, incarnation.work.moved, self.computing.running)
+        self.choosing = Choosing(db, self.models, device, incarnation.work.moved)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
         self._fetchers = ThreadPoolExecutor(max(8, threads), thread_name_prefix="fetch")
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -320,7 +323,9 @@ class Stream:
         rows = shardfile.read_manifest(self.store, claim.manifest_key)
         failure = ItemFailed("shard", "shard-failed", message[:500], retry=True)
         outcomes = [Outcome(i, *row[:3], None, None, None, failure) for i, row in enumerate(rows)]
-        meta = provenance.of(claim, claim.spec.runtime, claim.spec.batch, self.device, self.me.id)
+        spec = tuning.plain(claim.spec, self.device)
+        claim = dataclasses.replace(claim, spec=spec)
+        meta = provenance.of(claim, spec.runtime, spec.batch, self.device, self.me.id)
         written = shardfile.write(self.store, attempt_prefix(claim), claim.spec.kind, outcomes, meta)
         if leases.commit(self.db, claim, self.me.id, written, outcomes, state=states.QUARANTINED):
             lifecycle.finish(self.db, claim.job_id)

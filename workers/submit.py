@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import progress, sources
-from jobs.spec import JobSpec
+from jobs.spec import AUTO, JobSpec
 from storage.database import Database
 from storage.errors import BadInput
 from storage.objects import Store
@@ -16,8 +16,6 @@ from storage.settings import Settings
 from storage.tables import MAX_SHARD_ITEMS
 from workers import devices, models, runtimes, weights
 from workers.models import Card
-
-_BATCH = {"cpu": 8, "gpu": 32}
 
 
 def resolve(
@@ -30,8 +28,8 @@ def resolve(
     model: str,
     params: Mapping[str, Any],
     device: str = "auto",
-    runtime: str = "torch",
-    precision: str = "fp32",
+    runtime: str = AUTO,
+    precision: str = AUTO,
     batch: int | None = None,
     shard_size: int | None = None,
     on_download: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -47,9 +45,10 @@ def resolve(
         raise BadInput(f"--shard-size must be from 1 to {MAX_SHARD_ITEMS}, but got {shard_size}")
     if batch is not None and batch < 1:
         raise BadInput(f"--batch must be at least 1, but got {batch}")
-    if precision not in runtimes.PRECISIONS:
-        raise BadInput(f"unknown precision {precision!r}; known: {', '.join(runtimes.PRECISIONS)}")
-    runtimes.get(runtime)
+    if precision not in (AUTO, *runtimes.PRECISIONS):
+        raise BadInput(f"unknown precision {precision!r}; known: {AUTO}, {', '.join(runtimes.PRECISIONS)}")
+    if runtime != AUTO:
+        runtimes.get(runtime)
     uri = sources.canonical(dataset)
 
     def fetch(card: Card) -> Path:
@@ -59,7 +58,8 @@ def resolve(
     resolved = models.resolve(model, kind, params, fetch)
     card = resolved.card
     queue = _queue(db, settings, device, card)
-    runtimes.check(runtime, "cpu" if queue == "cpu" else "cuda", precision)
+    if AUTO not in (runtime, precision):
+        runtimes.check(runtime, "cpu" if queue == "cpu" else "cuda", precision)
     sha256 = key = ""
     if resolved.weights_path is not None:
         sha256 = weights.sha256_of(resolved.weights_path)
@@ -75,7 +75,7 @@ def resolve(
         labels=resolved.labels,
         runtime=runtime,
         precision=precision,
-        batch=batch or _BATCH[queue.split("-")[0]],
+        batch=batch or 0,
         shard_size=shard_size,
         queue=queue,
     )

@@ -5,20 +5,22 @@ The next shard is claimed while this one is computed, so that the device does no
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs import leases
 from jobs.leases import Claim
+from jobs.spec import JobSpec
 from storage import shardfile
 from storage.errors import Conflict, ImagemillError, ItemFailed, Unavailable
-from workers import batches, careful, faults
+from workers import batches, careful, faults, tuning
 from workers.batches import Buckets
 from workers.inhand import Arrivals, Ready, Room, Run, attempt_prefix
 from workers.models import Prepared
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from workers.stream import Stream
 
 log = logging.getLogger("imagemill.worker")
+
+T = TypeVar("T")
 
 _PATIENCE_S = 0.2  # an unfilled batch waits so long for pictures that are being decoded
 _AFFINITY_SHARDS = 16  # of one model in a row, before other jobs are looked at without preference
@@ -55,7 +59,7 @@ class Ticket:
         self._underway = 0  # items between the feeder and the device loop
         self._lock = threading.Lock()
         self._same_model = (0, "")
-        self._careful: queue.SimpleQueue[tuple[Run, threading.Event]] = queue.SimpleQueue()
+        self._alone: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what has the device for itself
         self._broken = False
         self._free_since = time.perf_counter()  # when the device last had nothing to do
         self.more = False  # whether work may be left on the queue
@@ -95,7 +99,8 @@ class Ticket:
                 waited_since = None
                 if arrived:
                     self._arrived(arrived)
-            self._work_carefully()
+            if not self._alone.empty():
+                self._alone.get()()
             if time.monotonic() - self._looked_at > _LOOK_S:
                 self._obey()
         self._obey()
@@ -162,7 +167,8 @@ class Ticket:
     def _opened(self, claim: Claim) -> Run | None:
         try:
             in_use = {run.loaded.key for run in list(self.runs.values())}
-            loaded = self.stream.models.get(claim.spec, lambda: in_use)
+            settled = dataclasses.replace(claim, spec=self._settled(claim, lambda: in_use))
+            loaded = self.stream.models.get(settled.spec, lambda: in_use)
             rows = shardfile.read_manifest(self.stream.store, claim.manifest_key)
         except Unavailable as error:
             log.warning("shard %d is given back: %s", claim.shard_id, error)
@@ -173,11 +179,32 @@ class Ticket:
             self.stream.fail(claim, str(error))
             return None
         count, key = self._same_model
-        self._same_model = (count + 1 if key == loaded.key else 1, loaded.key)
+        asked = claim.spec.model_key  # by which the database knows it
+        self._same_model = (count + 1 if key == asked else 1, asked)
         self.me.work.model = claim.spec.model
-        run = Run(claim, loaded, rows, attempt_prefix(claim))
+        run = Run(settled, loaded, rows, attempt_prefix(claim))
         self._take_over(run)
         return run
+
+    def _settled(self, claim: Claim, in_use: Callable[[], set[str]]) -> JobSpec:
+        """How the claim's model is run here; measured first where that is worth it."""
+        spec = self.stream.choosing.settled(claim, in_use)
+        if spec is None:
+            self._wait_for_others()
+            if not self._must_stop():
+                spec = self._on_device(lambda: self.stream.choosing.measure(claim, self._sample))
+        return spec or tuning.plain(claim.spec, self.stream.device)
+
+    def _sample(self, claim: Claim, spec: JobSpec, count: int) -> list[Prepared]:
+        """Some pictures of a shard, prepared, in order; those that fail are left out. In the device's thread, alone."""
+        rows = shardfile.read_manifest(self.stream.store, claim.manifest_key)[:count]
+        run = Run(claim, self.stream.models.get(spec), rows, "")
+        arrived: Arrivals = queue.SimpleQueue()
+        for position in range(len(rows)):
+            self.stream.fetch_and_prepare(run, [position], arrived)
+        ready = [item for _ in rows for item in arrived.get() or ()]
+        ready.sort(key=lambda item: item.position)
+        return [item.answer for item in ready if isinstance(item.answer, Prepared)]
 
     def _take_over(self, run: Run) -> None:
         """Keep what an earlier attempt had done before it gave the shard back."""
@@ -227,17 +254,31 @@ class Ticket:
 
     def _hand_over(self, run: Run) -> None:
         """A shard that may kill the process runs alone: wait for all others, then let the device thread do it."""
-        while self.runs or not all(f.done() for f in list(self.finishing)):
-            if self._must_stop():
-                break
-            time.sleep(0.02)
+        self._wait_for_others()
         self.runs[run.claim.shard_id] = run
-        if self._must_stop():
-            run.dropped = True
-        done = threading.Event()
-        self._careful.put((run, done))
-        while not done.wait(0.1) and not self._broken:
-            pass
+        run.dropped = run.dropped or self._must_stop()
+        self._on_device(lambda: self._work_carefully(run))
+
+    def _wait_for_others(self) -> None:
+        """Until no shard is in hand, or nothing may go on."""
+        while (self.runs or not all(f.done() for f in list(self.finishing))) and not self._must_stop():
+            time.sleep(0.02)
+
+    def _on_device(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns in the device's thread, where nothing else is going on; None when that has broken."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(work())
+            except Exception as error:  # noqa: BLE001 (it is raised where it is waited for)
+                answer.set_exception(error)
+
+        self._alone.put(run)
+        while not wait([answer], 0.1).done:
+            if self._broken:
+                return None
+        return answer.result()
 
     def _widen(self, run: Run) -> None:
         """Let enough items be under way for a few batches of this model."""
@@ -245,10 +286,7 @@ class Ticket:
 
     # ---------------------------------------------------------------- the device thread
 
-    def _work_carefully(self) -> None:
-        if self._careful.empty():
-            return
-        run, done = self._careful.get()
+    def _work_carefully(self, run: Run) -> None:
         try:
             if not run.dropped and careful.work(self.stream, run, self._must_stop):
                 self._complete_if(run)
@@ -257,8 +295,6 @@ class Ticket:
         except (Conflict, Unavailable) as error:
             log.warning("shard %d is given back: %s", run.claim.shard_id, error)
             run.dropped = True
-        finally:
-            done.set()
 
     def _arrived(self, items: Sequence[Ready]) -> None:
         counted = sum(item.position >= 0 for item in items)

@@ -25,6 +25,16 @@ def upgrade() -> None:
     op.create_index("ix_event_job_id", "event", ["job_id"], unique=False)
 
     op.create_table(
+        "tuning",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("about", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("value", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("measured", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("at", sa.Float(precision=53), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_tuning")),
+    )
+
+    op.create_table(
         "item_label",
         sa.Column("item_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("label", sa.Text(), nullable=False),
@@ -184,10 +194,20 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_item")),
         sa.UniqueConstraint("recipe_id", "key", "job_id", name=op.f("uq_item_recipe_id_key_job_id")),
     )
+    op.create_table(
+        "choice",
+        sa.Column("job_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("device", sa.Text(), nullable=False),
+        sa.Column("value", sa.JSON(none_as_null=True), nullable=False),
+        sa.ForeignKeyConstraint(["job_id"], ["job.id"], name=op.f("fk_choice_job_id_job")),
+        sa.PrimaryKeyConstraint("job_id", "device", name=op.f("pk_choice")),
+    )
     op.create_index("ix_item_job_id_ok", "item", ["job_id", "ok"], unique=False)
 
 
 def downgrade() -> None:
+    op.drop_table("choice")
+    op.drop_table("tuning")
     op.drop_table("item_label")
     op.drop_table("item")
     op.drop_table("shard")

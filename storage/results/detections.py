@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from storage import agreement as agreement_of
 from storage.results import Summary
 
 SCHEMA = pa.schema(
@@ -97,3 +98,9 @@ def summary(result: Result) -> Summary:
         labels[label] = (count + 1, max(top, score))
     top_score = max((top for _, top in labels.values()), default=None)
     return Summary(len(result.labels), top_score, labels)
+
+
+def agreement(expected: Result, found: Result) -> float | None:
+    """The share of boxes that have their like in the other result, 0..1; None when neither has any."""
+    overlap = agreement_of.of_boxes(expected.boxes_xyxy, found.boxes_xyxy)
+    return agreement_of.of_objects(overlap, (expected.scores, found.scores), (expected.class_ids, found.class_ids))

@@ -95,3 +95,17 @@ def _rows(chunk: pa.Array, dim: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 def summary(result: Result) -> Summary:
     """One embedding, which has neither a label nor a score."""
     return Summary(1)
+
+
+_SAME_COSINE = 0.999  # of two vectors that would be taken for the same image's
+
+
+def agreement(expected: Result, found: Result) -> float | None:
+    """1 for vectors of a cosine of 0.999 or more, else 0; None for two of zeros."""
+    one, other = (result.vector.astype(np.float64) for result in (expected, found))
+    if one.shape != other.shape:
+        return 0.0
+    length = float(np.linalg.norm(one) * np.linalg.norm(other))
+    if not length:
+        return None if not one.any() and not other.any() else 0.0
+    return float(one @ other / length >= _SAME_COSINE)

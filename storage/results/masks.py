@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from storage import agreement as agreement_of
+from storage import rle
 from storage.results import Summary
 
 SCHEMA = pa.schema(
@@ -129,3 +131,11 @@ def summary(result: Result) -> Summary:
         labels[label] = (count + 1, max(top, score))
     top_score = max((top for _, top in labels.values()), default=None)
     return Summary(len(result.labels), top_score, labels)
+
+
+def agreement(expected: Result, found: Result) -> float | None:
+    """The share of masks that have their like in the other result, 0..1; None when neither has any."""
+    if expected.labels and found.labels and expected.size != found.size:
+        return 0.0
+    overlap = agreement_of.of_masks(expected.rles, found.rles, lambda counts: rle.decode(counts, expected.size))
+    return agreement_of.of_objects(overlap, (expected.scores, found.scores), (expected.class_ids, found.class_ids))

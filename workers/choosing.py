@@ -1,0 +1,106 @@
+"""Settles, for each job on this worker's device, in which runtime, precision and batch its model is run.
+
+What the user gave is kept. The rest is what was settled for this job before, else what was measured for this model
+before, else measured now when the job is long enough to be worth it, else fp32 torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+from jobs import choices
+from jobs.choices import Choice
+from jobs.leases import Claim
+from jobs.spec import JobSpec
+from storage.database import Database
+from workers import tuning
+from workers.loaded import Models
+from workers.models import Prepared
+from workers.tuning import Measured, Tuning
+
+log = logging.getLogger("imagemill.worker")
+
+LEAST_ITEMS = 200  # of a job that is worth a look
+WORTH = 8  # times as long as tuning may take, what is left of a job must take to be worth it
+
+Sample = Callable[[Claim, JobSpec, int], Sequence[Prepared]]  # (claim, spec, how many) -> pictures of its shard
+
+
+class Choosing:
+    """The choices of one worker process.
+
+    Args:
+        moved: called after each candidate, to show that the process lives.
+    """
+
+    def __init__(self, db: Database, models: Models, device: str, moved: Callable[[], None]) -> None:
+        self._db, self._models, self._device, self._moved = db, models, device, moved
+        self._settled: dict[int, Choice] = {}
+        self._name = ""
+
+    def settled(self, claim: Claim, in_use: Callable[[], set[str]]) -> JobSpec | None:
+        """The claim's spec as it is run here, or None when it must be measured first.
+
+        Args:
+            in_use: keys of models that batches still wait for.
+        """
+        spec = claim.spec
+        if not tuning.open_questions(spec):
+            return spec
+        choice = self._settled.get(claim.job_id) or self._found(claim, in_use)
+        return tuning.chosen(spec, choice) if choice else None
+
+    def measure(self, claim: Claim, sample: Sample) -> JobSpec:
+        """Settle a job's choice by measuring. The device must have nothing else to do."""
+        spec = claim.spec
+        usual = tuning.plain(spec, self._device)
+        reference = dataclasses.replace(usual, runtime="torch", precision="fp32")
+        work = Tuning(spec, self._device, self._models.apart, self._tell)
+        work.refer(self._models.get(reference).model, sample(claim, reference, tuning.PICTURES))
+        left = choices.items_left(self._db, claim.job_id) * work.seconds_each
+        if not work.seconds_each or left < WORTH * tuning.BUDGET_S:
+            why = f"about {left:.0f} s of work is too little to tune for" if left else "no picture to measure on"
+            return self._settle(claim, tuning.as_is(usual, why))
+        log.info("tuning %s for job %d, about %.0f s of work", spec.model, claim.job_id, left)
+        best = work.run()
+        if best is None:
+            return self._settle(claim, tuning.as_is(usual, "tuned: no other way agrees with fp32 torch"))
+        found = [dataclasses.asdict(one) for one in work.found]
+        choices.keep(self._db, tuning.about(spec, self._device), best, found)
+        return self._settle(claim, best)
+
+    def _found(self, claim: Claim, in_use: Callable[[], set[str]]) -> Choice | None:
+        """What is known without measuring."""
+        spec = claim.spec
+        here = choices.of_job(self._db, claim.job_id).get(self._device_name())
+        if here is not None:
+            self._settled[claim.job_id] = here
+            return here
+        usual = tuning.plain(spec, self._device)
+        if not tuning.tunable(spec.kind):
+            return self._settle_choice(claim, tuning.as_is(usual, "nothing to tune"))
+        known = choices.measured(self._db, tuning.about(spec, self._device))
+        if known is not None:
+            return self._settle_choice(claim, known)
+        if claim.careful or choices.items_left(self._db, claim.job_id) < LEAST_ITEMS:
+            return self._settle_choice(claim, tuning.as_is(usual, "too few items to tune for"))
+        if not self._models.get(usual, in_use).networks:
+            return self._settle_choice(claim, tuning.as_is(usual, "nothing to tune"))
+        return None
+
+    def _settle(self, claim: Claim, wanted: Choice) -> JobSpec:
+        return tuning.chosen(claim.spec, self._settle_choice(claim, wanted))
+
+    def _settle_choice(self, claim: Claim, wanted: Choice) -> Choice:
+        choice = choices.settle(self._db, claim.job_id, self._device_name(), wanted)
+        self._settled[claim.job_id] = choice
+        return choice
+
+    def _device_name(self) -> str:
+        self._name = self._name or tuning.name_of(self._device)
+        return self._name
+
+    def _tell(self, measured: Measured) -> None:
+        self._moved()

@@ -1,0 +1,272 @@
+"""Finds the fastest way to run a model on this device that gives the results of fp32 torch, by measuring it.
+
+Every runtime and precision that runs here is measured on the job's own pictures, from what is usually fastest on, for
+as long as there is time; the fastest is then tried with larger batches. A candidate is admitted only when its results
+agree with those of fp32 torch: `agreement` of the result kind, averaged over the pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.choices import Choice
+from jobs.spec import AUTO, JobSpec
+from storage import results
+from storage.errors import ImagemillError, ItemFailed, one_line
+from workers import batches, provenance, runtimes
+from workers.batches import BatchSize
+from workers.loaded import Loaded
+from workers.models import Model, Prepared
+
+log = logging.getLogger("imagemill.worker")
+
+BUDGET_S = 15.0  # of one tuning
+PICTURES = 32  # of the job, on which candidates are measured
+AGREEMENT = 0.98  # mean over the pictures, from which a candidate is admitted
+_MEASURE_S = 0.7  # for each candidate, after its first pass over the pictures
+_REFERENCE_S = 4.0  # in which fp32 torch must have done the pictures; fewer are taken of a slow model
+_BATCH = {"cpu": 8, "cuda": 32}
+_LARGER = 4  # times the usual batch, at most
+
+# What is usually fastest first, so that little time goes a long way; what is not named comes last.
+_ORDER = {
+    "cpu": (("openvino", "bf16"), ("torch", "bf16"), ("openvino", "fp32"), ("onnx", "fp32")),
+    "cuda": (("tensorrt", "fp16"), ("torch", "fp16"), ("torch", "bf16"), ("onnx", "fp16"), ("tensorrt", "fp32")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One way to run a model, and how it did.
+
+    Attributes:
+        rate: items a second of `Model.infer`; 0 when it was not measured.
+        agreement: of its results with those of fp32 torch, mean over the pictures, 0..1; None when they had nothing.
+        refused: why it cannot be taken, "" when it can.
+    """
+
+    runtime: str
+    precision: str
+    batch: int
+    rate: float = 0.0
+    agreement: float | None = None
+    refused: str = ""
+
+
+Load = Callable[[JobSpec], Loaded]  # loads a model that the caller closes
+
+
+def open_questions(spec: JobSpec) -> bool:
+    """Whether the spec leaves anything to be chosen here."""
+    return AUTO in (spec.runtime, spec.precision) or not spec.batch
+
+
+def plain(spec: JobSpec, device: str) -> JobSpec:
+    """The spec with what it leaves open filled in without measuring: torch, fp32, the usual batch."""
+    runtime = spec.runtime
+    if runtime == AUTO:
+        able = [n for n in ("torch", *runtimes.names()) if spec.precision in (AUTO, *runtimes.precisions(n, device))]
+        runtime = able[0]
+    precision = spec.precision if spec.precision != AUTO else (*runtimes.precisions(runtime, device), "fp32")[0]
+    return dataclasses.replace(spec, runtime=runtime, precision=precision, batch=spec.batch or _BATCH[device])
+
+
+def chosen(spec: JobSpec, choice: Choice) -> JobSpec:
+    """The spec run as it was chosen."""
+    return dataclasses.replace(spec, runtime=choice.runtime, precision=choice.precision, batch=choice.batch)
+
+
+def as_is(spec: JobSpec, why: str) -> Choice:
+    """The choice of a spec that leaves nothing open."""
+    return Choice(spec.runtime, spec.precision, spec.batch, why)
+
+
+def about(spec: JobSpec, device: str) -> dict[str, Any]:
+    """What a measurement depends on: model, parameters, what was asked for, device and versions."""
+    model = {"weights": spec.weights_sha256, "family": spec.family, "kind": spec.kind, "params": dict(spec.params)}
+    asked = {"runtime": spec.runtime, "precision": spec.precision, "batch": spec.batch}
+    return {**model, **asked, "device": name_of(device), "versions": provenance.versions()}
+
+
+def name_of(device: str) -> str:
+    """A device's kind, for people and to tell kinds apart: a GPU's name, or the processor with its cores."""
+    if device != "cpu":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores" if hasattr(os, "sched_getaffinity") else _processor()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def candidates(spec: JobSpec, device: str) -> list[tuple[str, str]]:
+    """(runtime, precision) of every way that the spec allows and this machine has, what is usually fastest first.
+
+    fp16 is left out on a CPU, which computes it by way of fp32.
+    """
+    found = [
+        (name, precision)
+        for name in runtimes.names()
+        if runtimes.get(name).installed()
+        for precision in runtimes.precisions(name, device)
+        if spec.runtime in (AUTO, name) and spec.precision in (AUTO, precision)
+        if not (device == "cpu" and precision == "fp16" and spec.precision == AUTO)
+    ]
+    order = {pair: place for place, pair in enumerate(_ORDER.get(device, ()))}
+    return sorted(found, key=lambda pair: (order.get(pair, len(order)), pair))
+
+
+class Tuning:
+    """One tuning of one model.
+
+    Args:
+        spec: with open questions.
+        load: of a spec without any.
+        tell: called after each candidate.
+    """
+
+    def __init__(
+        self, spec: JobSpec, device: str, load: Load, tell: Callable[[Measured], None], budget_s: float = BUDGET_S
+    ) -> None:
+        self._spec, self._device, self._load, self._tell = spec, device, load, tell
+        self._usual = plain(spec, device)
+        self._until = time.monotonic() + budget_s
+        self.found: list[Measured] = []
+        self.seconds_each = 0.0  # of fp32 torch, for a picture
+        self._pictures: list[Prepared] = []
+        self._expected: list[Any] = []
+
+    def refer(self, reference: Model, prepared: Sequence[Prepared]) -> None:
+        """Compute what candidates are held against, by fp32 torch; sets `seconds_each`.
+
+        Args:
+            prepared: pictures of the job.
+        """
+        pictures, size = _alike(prepared)[:PICTURES], BatchSize(self._usual.batch)
+        if not pictures:
+            return
+        batches.infer(reference, pictures[:1], size)  # the first call pays for more than itself
+        started = time.perf_counter()
+        batches.infer(reference, pictures[:1], size)
+        once_s = time.perf_counter() - started
+        self._pictures = pictures[: max(2, int(_REFERENCE_S / once_s))]
+        started = time.perf_counter()
+        for at in range(0, len(self._pictures), self._usual.batch):
+            self._expected += batches.infer(reference, self._pictures[at : at + self._usual.batch], size)
+        self.seconds_each = (time.perf_counter() - started) / len(self._pictures)
+
+    def run(self) -> Choice | None:
+        """Measure what there is time for; the fastest that is admitted, or None when none is."""
+        for runtime, precision in candidates(self._spec, self._device):
+            self._try(Measured(runtime, precision, self._usual.batch))
+        best = fastest(self.found)
+        batch = self._usual.batch * 2
+        while best is not None and not self._spec.batch and batch <= _LARGER * self._usual.batch:
+            self._try(Measured(best.runtime, best.precision, batch))
+            batch *= 2
+        best = fastest(self.found)
+        if best is None:
+            return None
+        times = best.rate * self.seconds_each
+        return Choice(best.runtime, best.precision, best.batch, f"tuned: {times:.1f} times fp32 torch")
+
+    def _try(self, candidate: Measured) -> None:
+        if time.monotonic() > self._until:
+            measured = dataclasses.replace(candidate, refused="no time was left to measure it")
+        else:
+            measured = self._measured(candidate)
+        log.info("tuning %s: %s", self._spec.model, shown(measured))
+        self.found.append(measured)
+        self._tell(measured)
+
+    def _measured(self, candidate: Measured) -> Measured:
+        spec = chosen(self._spec, Choice(candidate.runtime, candidate.precision, candidate.batch))
+        try:
+            loaded = self._load(spec)
+        except ImagemillError as error:
+            return dataclasses.replace(candidate, refused=one_line(str(error), 200))
+        try:
+            if loaded.runtime != candidate.runtime:
+                return dataclasses.replace(candidate, refused=f"it runs in {loaded.runtime} instead")
+            return self._timed(candidate, loaded.model)
+        finally:
+            loaded.model.close()
+
+    def _timed(self, candidate: Measured, model: Model) -> Measured:
+        size = BatchSize(candidate.batch)
+        pictures = list(self._pictures)
+        while len(pictures) < candidate.batch:
+            pictures += self._pictures
+        agreement, refused = self._judged(batches.infer(model, self._pictures, size))
+        if size.safe < candidate.batch:
+            refused = f"a batch of {candidate.batch} does not fit into the device's memory"
+        if refused:
+            return dataclasses.replace(candidate, agreement=agreement, refused=refused)
+        batches.infer(model, pictures[: candidate.batch], size)  # of the shape that is timed
+        count, started = 0, time.perf_counter()
+        while not count or time.perf_counter() - started < _MEASURE_S:
+            at = count % (len(pictures) - candidate.batch + 1)
+            batches.infer(model, pictures[at : at + candidate.batch], size)
+            count += candidate.batch
+        return dataclasses.replace(candidate, agreement=agreement, rate=count / (time.perf_counter() - started))
+
+    def _judged(self, answers: Sequence[Any]) -> tuple[float | None, str]:
+        """(agreement, why it is refused or "")."""
+        kind: Any = results.get(self._spec.kind)
+        found = [_agreement(kind, expected, answer) for expected, answer in zip(self._expected, answers, strict=True)]
+        judged = [value for value in found if value is not None]
+        if not judged:
+            # Nothing was found by either: as good as it gets in full precision, and no evidence for less of it.
+            return None, ""
+        mean = sum(judged) / len(judged)
+        return mean, "" if mean >= AGREEMENT else f"its results agree with fp32 torch by {mean:.3f} only"
+
+
+def _agreement(kind: Any, expected: Any, found: Any) -> float | None:
+    failed = isinstance(expected, ItemFailed), isinstance(found, ItemFailed)
+    if any(failed):
+        return None if all(failed) else 0.0
+    value: float | None = kind.agreement(expected, found)
+    return value
+
+
+def fastest(found: Sequence[Measured]) -> Measured | None:
+    """The fastest way that may be taken. One of less than full precision needs results that speak for it."""
+    taken = [one for one in found if not one.refused and (one.agreement is not None or one.precision == "fp32")]
+    return max(taken, key=lambda one: one.rate, default=None)
+
+
+def shown(measured: Measured) -> str:
+    """One line for people."""
+    what = f"{measured.runtime} {measured.precision}, batch {measured.batch}"
+    if measured.refused:
+        return f"{what}: refused, {measured.refused}"
+    agreement = "nothing was found" if measured.agreement is None else f"agreement {measured.agreement:.3f}"
+    return f"{what}: {measured.rate:.1f} items/s, {agreement}"
+
+
+def tunable(kind: str) -> bool:
+    """Whether results of a kind can be compared."""
+    return hasattr(results.get(kind), "agreement")
+
+
+def _alike(prepared: Sequence[Prepared]) -> list[Prepared]:
+    """Those of the largest group, which can be one batch."""
+    groups: dict[Any, list[Prepared]] = {}
+    for one in prepared:
+        groups.setdefault(one.group, []).append(one)
+    return max(groups.values(), key=len, default=[])
