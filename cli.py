@@ -323,7 +323,7 @@ def _submit_and_wait(kind: str, source: str, params: dict[str, Any], options: di
     return _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options)
 
 
-def _how_run(options: dict[str, Any]) -> dict[str, str]:
+def _how_run(options: dict[str, Any]) -> dict[str, Any]:
     """The runtime and the precision that were asked for."""
     asked = {"runtime": str(options["runtime"]), "precision": str(options["precision"])}
     exact = {"runtime": "torch", "precision": "fp32"}

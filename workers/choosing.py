@@ -56,7 +56,7 @@ class Choosing:
         """Settle a job's choice by measuring. The device must have nothing else to do."""
         spec = claim.spec
         usual = tuning.plain(spec, self._device)
-        reference = dataclasses.replace(usual, runtime="torch", precision="fp32")
+        reference = dataclasses.replace(usual, runtime=tuning.REFERENCE[0], precision=tuning.REFERENCE[1])
         work = Tuning(spec, self._device, self._models.apart, self._tell)
         work.refer(self._models.get(reference).model, sample(claim, reference, tuning.PICTURES))
         left = choices.items_left(self._db, claim.job_id) * work.seconds_each

@@ -93,7 +93,7 @@ _SAME_SCORE = 0.05
 def agreement(expected: Result, found: Result) -> float | None:
     """The share of labels that both results have with scores less than 0.05 apart, 0..1; None when neither has any.
 
-    Where some label scores more than 0.1, those that score less count for nothing: a top k may bring them in or drop them.
+    Where some label scores more than 0.1, those that score less count for nothing: a top k may drop any of them.
     """
     one, other = (dict(zip(r.class_ids.tolist(), r.scores.tolist(), strict=True)) for r in (expected, found))
     pairs = [(one.get(i, 0.0), other.get(i, 0.0)) for i in one.keys() | other.keys()]
