@@ -924,6 +924,44 @@ def _card_json(card: Any, lacking: list[str]) -> dict[str, Any]:
     return {**dataclasses.asdict(card), "params": _defaults(card.params), "lacking": lacking}
 
 
+@cli.command()
+@click.argument("model")
+@click.argument("source", default="")
+@click.option("--kind", help="detections, masks, embedding or labels; needed where a model yields several.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu.")
+@click.option("--param", "extra", multiple=True, metavar="NAME=VALUE", help="A parameter of the model.")
+@_json_option
+def tune(model: str, source: str, kind: str | None, device: str, extra: tuple[str, ...], as_json: bool) -> None:
+    """Measure how MODEL runs fastest on this machine, on pictures of SOURCE; later jobs run it so.
+
+    SOURCE is a dataset; without one, that of the model's newest job. Only ways whose results agree with those of torch
+    in fp32 are taken.
+    """
+    from workers import models as known
+    from workers import submit, tunenow, tuning
+
+    home = _home()
+    wanted = kind or known.kind_of(model)
+    with _Show(quiet=as_json) as show:
+        spec = submit.resolve(
+            home.db,
+            home.store,
+            home.settings,
+            dataset=source or tunenow.dataset_of(home.db, Path(model).stem if "/" in model else model),
+            kind=wanted,
+            model=model,
+            params=_named_values(extra),
+            device=device,
+            on_download=show.download,
+        )
+        tell = (lambda measured: None) if as_json else (lambda measured: click.echo(f"  {tuning.shown(measured)}"))
+        best, found = tunenow.tune(home.db, home.store, home.settings, spec, tell)
+    if as_json:
+        _print_json({"chosen": dataclasses.asdict(best), "measured": [dataclasses.asdict(one) for one in found]})
+        return
+    click.echo(f"{spec.model} runs in {best.runtime} {best.precision}, batch {best.batch} ({best.why})")
+
+
 @models.command("check")
 @click.argument("model")
 @click.option("--kind", help="detections, masks, embedding, labels or image; needed where a model yields several.")

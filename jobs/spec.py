@@ -34,7 +34,8 @@ class JobSpec:
         model: the name the user gave, for people.
         weights: key of the weights in the object store, "" for none.
         labels: the model's class names, in the order of its class ids.
-        runtime, precision, batch: "torch", "fp32", images in one forward pass; AUTO, AUTO and 0 leave them to the worker.
+        runtime, precision, batch: such as "torch", "fp32", and images in one forward pass; where they
+            are AUTO, AUTO and 0, the worker chooses.
         shard_size: items in a shard.
         queue: which workers may run it, by capability.
     """

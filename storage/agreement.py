@@ -15,14 +15,16 @@ def of_objects(
     overlap: npt.NDArray[np.floating],
     scores: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]],
     classes: tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]],
+    least: float = 0.0,
 ) -> float | None:
     """The share of objects in two lists (n and m long) that have their like in the other: 2 pairs / (n + m).
 
-    An object without a like whose score is within SAME_SCORE of the lowest one counts for nothing: a threshold that
-    nobody tells here may have cut its like off.
+    An object without a like whose score is less than SAME_SCORE above the job's threshold counts for nothing: its like
+    may have been cut off.
 
     Args:
         overlap: (n, m) intersection over union, 0..1.
+        least: the score at which the job cuts objects off.
 
     Returns:
         0..1, or None when there is nothing to compare.
@@ -30,11 +32,8 @@ def of_objects(
     like = (overlap >= SAME_OVERLAP) & (classes[0][:, None] == classes[1][None])
     like &= np.abs(scores[0][:, None] - scores[1][None]) <= SAME_SCORE
     pairs = _pairs(np.where(like, overlap, 0.0))
-    if not len(scores[0]) + len(scores[1]):
-        return None
-    lowest = float(np.concatenate(scores).min())
     alone = sum(
-        int((np.delete(own, [pair[side] for pair in pairs]) > lowest + SAME_SCORE).sum())
+        int((np.delete(own, [pair[side] for pair in pairs]) > (least + SAME_SCORE if least else 0)).sum())
         for side, own in enumerate(scores)
     )
     return 2 * len(pairs) / (2 * len(pairs) + alone) if pairs or alone else None

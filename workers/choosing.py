@@ -15,6 +15,7 @@ from jobs.choices import Choice
 from jobs.leases import Claim
 from jobs.spec import JobSpec
 from storage.database import Database
+from storage.errors import ImagemillError
 from workers import tuning
 from workers.loaded import Models
 from workers.models import Prepared
@@ -23,7 +24,7 @@ from workers.tuning import Measured, Tuning
 log = logging.getLogger("imagemill.worker")
 
 LEAST_ITEMS = 200  # of a job that is worth a look
-WORTH = 8  # times as long as tuning may take, what is left of a job must take to be worth it
+WORTH = 8  # times as long as tuning may take must be what is left of a job, to be worth it
 
 Sample = Callable[[Claim, JobSpec, int], Sequence[Prepared]]  # (claim, spec, how many) -> pictures of its shard
 
@@ -32,11 +33,13 @@ class Choosing:
     """The choices of one worker process.
 
     Args:
+        budget_s: for measuring a model; 0 measures none.
         moved: called after each candidate, to show that the process lives.
     """
 
-    def __init__(self, db: Database, models: Models, device: str, moved: Callable[[], None]) -> None:
-        self._db, self._models, self._device, self._moved = db, models, device, moved
+    def __init__(self, db: Database, models: Models, device: str, budget_s: float, moved: Callable[[], None]) -> None:
+        self._db, self._models, self._device = db, models, device
+        self._budget_s, self._moved = budget_s, moved
         self._settled: dict[int, Choice] = {}
         self._name = ""
 
@@ -54,22 +57,33 @@ class Choosing:
 
     def measure(self, claim: Claim, sample: Sample) -> JobSpec:
         """Settle a job's choice by measuring. The device must have nothing else to do."""
+        usual = tuning.plain(claim.spec, self._device)
+        try:
+            choice = self._measured(claim, usual, sample)
+        except ImagemillError:
+            raise
+        except Exception:  # a job that could run as usual must not wait for this
+            log.exception("tuning %s broke off", claim.spec.model)
+            choice = tuning.as_is(usual, "tuning broke off; see the worker's log")
+        return tuning.chosen(claim.spec, self._settle_choice(claim, choice))
+
+    def _measured(self, claim: Claim, usual: JobSpec, sample: Sample) -> Choice:
         spec = claim.spec
-        usual = tuning.plain(spec, self._device)
         reference = dataclasses.replace(usual, runtime=tuning.REFERENCE[0], precision=tuning.REFERENCE[1])
-        work = Tuning(spec, self._device, self._models.apart, self._tell)
+        work = Tuning(spec, self._device, self._models.apart, self._tell, self._budget_s)
         work.refer(self._models.get(reference).model, sample(claim, reference, tuning.PICTURES))
-        left = choices.items_left(self._db, claim.job_id) * work.seconds_each
-        if not work.seconds_each or left < WORTH * tuning.BUDGET_S:
-            why = f"about {left:.0f} s of work is too little to tune for" if left else "no picture to measure on"
-            return self._settle(claim, tuning.as_is(usual, why))
-        log.info("tuning %s for job %d, about %.0f s of work", spec.model, claim.job_id, left)
+        left_s = choices.items_left(self._db, claim.job_id) * work.seconds_each
+        if not work.seconds_each:
+            return tuning.as_is(usual, "no picture to measure on")
+        if left_s < WORTH * self._budget_s:
+            return tuning.as_is(usual, f"about {left_s:.0f} s of work is too little to tune for")
+        log.info("tuning %s for job %d, about %.0f s of work", spec.model, claim.job_id, left_s)
         best = work.run()
         if best is None:
-            return self._settle(claim, tuning.as_is(usual, "tuned: no other way agrees with fp32 torch"))
+            return tuning.as_is(usual, "tuned: no other way agrees with fp32 torch")
         found = [dataclasses.asdict(one) for one in work.found]
         choices.keep(self._db, tuning.about(spec, self._device), best, found)
-        return self._settle(claim, best)
+        return best
 
     def _found(self, claim: Claim, in_use: Callable[[], set[str]]) -> Choice | None:
         """What is known without measuring."""
@@ -84,14 +98,13 @@ class Choosing:
         known = choices.measured(self._db, tuning.about(spec, self._device))
         if known is not None:
             return self._settle_choice(claim, known)
+        if not self._budget_s:
+            return self._settle_choice(claim, tuning.as_is(usual, "tuning is switched off"))
         if claim.careful or choices.items_left(self._db, claim.job_id) < LEAST_ITEMS:
             return self._settle_choice(claim, tuning.as_is(usual, "too few items to tune for"))
         if not self._models.get(usual, in_use).networks:
             return self._settle_choice(claim, tuning.as_is(usual, "nothing to tune"))
         return None
-
-    def _settle(self, claim: Claim, wanted: Choice) -> JobSpec:
-        return tuning.chosen(claim.spec, self._settle_choice(claim, wanted))
 
     def _settle_choice(self, claim: Claim, wanted: Choice) -> Choice:
         choice = choices.settle(self._db, claim.job_id, self._device_name(), wanted)

@@ -56,7 +56,7 @@ class Stream:
         self.device = device
         self.computing, self.portion = Computing(device), Portion()
         self.models = Models(store, settings, device, incarnation.work.moved, self.computing.running)
-        self.choosing = Choosing(db, self.models, device, incarnation.work.moved)
+        self.choosing = Choosing(db, self.models, device, settings.tune_seconds, incarnation.work.moved)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
         self._fetchers = ThreadPoolExecutor(max(8, threads), thread_name_prefix="fetch")
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")

@@ -29,7 +29,6 @@ from workers.models import Model, Prepared
 log = logging.getLogger("imagemill.worker")
 
 REFERENCE = ("torch", "fp32")
-BUDGET_S = 15.0  # of one tuning
 PICTURES = 32  # of the job, on which candidates are measured
 AGREEMENT = 0.98  # mean over the pictures, from which a candidate is admitted
 _MEASURE_S = 0.7  # for each candidate, after its first pass over the pictures
@@ -107,25 +106,32 @@ def name_of(device: str) -> str:
 
 
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(name: str) -> str:
+    """A value of the first processor in Linux's list, "" where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def candidates(spec: JobSpec, device: str) -> list[tuple[str, str]]:
     """(runtime, precision) of every way that the spec allows and this machine has, what is usually fastest first.
 
-    fp16 is left out on a CPU, which computes it by way of fp32.
+    fp16 is left out on a CPU, which computes it by way of fp32, and so is bf16 on one that is known to do that too.
     """
+    flags = _cpuinfo("flags") if device == "cpu" else ""
+    slow = {"fp16"} | ({"bf16"} if flags and "bf16" not in flags else set()) if device == "cpu" else set()
     found = [
         (name, precision)
         for name in runtimes.names()
         if runtimes.get(name).installed()
         for precision in runtimes.precisions(name, device)
         if spec.runtime in (AUTO, name) and spec.precision in (AUTO, precision)
-        if not (device == "cpu" and precision == "fp16" and spec.precision == AUTO)
+        if spec.precision != AUTO or precision not in slow
     ]
     order = {pair: place for place, pair in enumerate(_ORDER.get(device, ()))}
     return sorted(found, key=lambda pair: (order.get(pair, len(order)), pair))
@@ -141,7 +147,7 @@ class Tuning:
     """
 
     def __init__(
-        self, spec: JobSpec, device: str, load: Load, tell: Callable[[Measured], None], budget_s: float = BUDGET_S
+        self, spec: JobSpec, device: str, load: Load, tell: Callable[[Measured], None], budget_s: float
     ) -> None:
         self._spec, self._device, self._load, self._tell = spec, device, load, tell
         self._usual = plain(spec, device)
@@ -235,7 +241,10 @@ class Tuning:
     def _judged(self, answers: Sequence[Any]) -> tuple[float | None, str]:
         """(agreement, why it is refused or "")."""
         kind: Any = results.get(self._spec.kind)
-        found = [_agreement(kind, expected, answer) for expected, answer in zip(self._expected, answers, strict=True)]
+        least = self._spec.params.get("conf") or 0.0
+        found = [
+            _agreement(kind, expected, answer, least) for expected, answer in zip(self._expected, answers, strict=True)
+        ]
         judged = [value for value in found if value is not None]
         if not judged:
             # Nothing was found by either: as good as it gets in full precision, and no evidence for less of it.
@@ -244,11 +253,11 @@ class Tuning:
         return mean, "" if mean >= AGREEMENT else f"its results agree with fp32 torch by {mean:.3f} only"
 
 
-def _agreement(kind: Any, expected: Any, found: Any) -> float | None:
+def _agreement(kind: Any, expected: Any, found: Any, least: float) -> float | None:
     failed = isinstance(expected, ItemFailed), isinstance(found, ItemFailed)
     if any(failed):
         return None if all(failed) else 0.0
-    value: float | None = kind.agreement(expected, found)
+    value: float | None = kind.agreement(expected, found, least)
     return value
 
 

@@ -7,8 +7,9 @@ A kind's file defines
     columns(results)          list[Result | None] -> dict of arrow arrays, same length and order; None is a failed item
     results(table)            the inverse: pa.Table -> list[Result | None]
     summary(result)           -> Summary, what the SQL index keeps of it
-    agreement(expected, found)  -> how far two results of one image agree, 0..1, None when there is nothing to compare;
-                              a kind without it is computed as asked and never tuned
+    agreement(expected, found, least)  -> how far two results of one image agree, 0..1, None when there is nothing to
+                              compare; `least` is the score at which the job cuts off, 0 for none. A kind without it is
+                              computed as asked and never tuned
     with_data(result, data)   only of a kind whose results are files: the result with its bytes, which storage.shardfile
                               keeps as a blob beside the object
 """

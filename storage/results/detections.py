@@ -100,7 +100,13 @@ def summary(result: Result) -> Summary:
     return Summary(len(result.labels), top_score, labels)
 
 
-def agreement(expected: Result, found: Result) -> float | None:
-    """The share of boxes that have their like in the other result, 0..1; None when neither has any."""
+def agreement(expected: Result, found: Result, least: float = 0.0) -> float | None:
+    """The share of boxes that have their like in the other result, 0..1; None when neither has any.
+
+    Args:
+        least: the job's score threshold.
+    """
     overlap = agreement_of.of_boxes(expected.boxes_xyxy, found.boxes_xyxy)
-    return agreement_of.of_objects(overlap, (expected.scores, found.scores), (expected.class_ids, found.class_ids))
+    return agreement_of.of_objects(
+        overlap, (expected.scores, found.scores), (expected.class_ids, found.class_ids), least
+    )

@@ -100,7 +100,7 @@ def summary(result: Result) -> Summary:
 _SAME_COSINE = 0.999  # of two vectors that would be taken for the same image's
 
 
-def agreement(expected: Result, found: Result) -> float | None:
+def agreement(expected: Result, found: Result, least: float = 0.0) -> float | None:
     """1 for vectors of a cosine of 0.999 or more, else 0; None for two of zeros."""
     one, other = (result.vector.astype(np.float64) for result in (expected, found))
     if one.shape != other.shape:

@@ -90,7 +90,7 @@ def summary(result: Result) -> Summary:
 _SAME_SCORE = 0.05
 
 
-def agreement(expected: Result, found: Result) -> float | None:
+def agreement(expected: Result, found: Result, least: float = 0.0) -> float | None:
     """The share of labels that both results have with scores less than 0.05 apart, 0..1; None when neither has any.
 
     Where some label scores more than 0.1, those that score less count for nothing: a top k may drop any of them.

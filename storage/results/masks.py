@@ -133,9 +133,15 @@ def summary(result: Result) -> Summary:
     return Summary(len(result.labels), top_score, labels)
 
 
-def agreement(expected: Result, found: Result) -> float | None:
-    """The share of masks that have their like in the other result, 0..1; None when neither has any."""
+def agreement(expected: Result, found: Result, least: float = 0.0) -> float | None:
+    """The share of masks that have their like in the other result, 0..1; None when neither has any.
+
+    Args:
+        least: the job's score threshold.
+    """
     if expected.labels and found.labels and expected.size != found.size:
         return 0.0
     overlap = agreement_of.of_masks(expected.rles, found.rles, lambda counts: rle.decode(counts, expected.size))
-    return agreement_of.of_objects(overlap, (expected.scores, found.scores), (expected.class_ids, found.class_ids))
+    return agreement_of.of_objects(
+        overlap, (expected.scores, found.scores), (expected.class_ids, found.class_ids), least
+    )
