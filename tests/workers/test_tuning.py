@@ -168,7 +168,8 @@ def scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_long_job_is_tuned_once_and_says_so(stack: dict[str, str], scenes: Path) -> None:
     stack["IMAGEMILL_TUNE_SECONDS"] = "0.05"  # so that a job of seconds is long
     command = ("annotate", str(scenes), "--model", str(DEMO / "shapes-yolov8.pt"), "--device", "cpu")
-    command += ("--runtime", "torch")  # nothing has to be exported first; `tune` is tested with all of them
+    # Small pictures, and nothing to be exported first; `tune` is tested with every runtime.
+    command += ("--runtime", "torch", "--imgsz", "64")
     status = flow.run_json(stack, *command, "--shard-size", "64")
     assert (status["results"], status["failures"]) == (240, 0)
     (choice,) = status["choices"].values()
