@@ -14,10 +14,11 @@ import torch
 from storage import rle
 from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
+from tests.workers.models.promptable_support import Shelf, agree, iou, photographs, pixels, prepared, run, some_boxes
 from tests.workers.models.tinysam import SIDE, tiny
-from workers import masks, ultralytics_checkpoints
+from workers import masks
 from workers.maskgen import Params
-from workers.models import Item, Prepared, Site, sam
+from workers.models import Item, Site, sam
 from workers.runtimes import torch as torch_runtime
 
 
@@ -102,14 +103,7 @@ def weights(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    """Photographs, wide, tall and square, larger and smaller than the input."""
-    import cv2
-
-    with ultralytics_checkpoints.library():
-        from ultralytics.utils import ASSETS
-    bus, zidane = (cv2.imread(str(Path(ASSETS) / name))[:, :, ::-1] for name in ("bus.jpg", "zidane.jpg"))
-    sizes = [(bus, 202, 270), (zidane, 320, 180), (bus[200:700, 100:600], 180, 180), (zidane, 600, 337)]
-    return [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture, *size in sizes]
+    return photographs()
 
 
 def load(weights: Path, encodings: Any = None, **params: Any) -> sam.Segmenter:
@@ -125,26 +119,6 @@ def model(weights: Path) -> sam.Segmenter:
     return load(weights)
 
 
-def prepared(model: sam.Segmenter, picture: np.ndarray, data: dict[str, Any], key: str = "key") -> Prepared:
-    return model.prepare(picture, Item(key, f"file:///{key}", "etag:1", data))
-
-
-def run(model: sam.Segmenter, picture: np.ndarray, data: dict[str, Any]) -> Result:
-    (result,) = model.infer([prepared(model, picture, data)])
-    assert isinstance(result, Result), result
-    return result
-
-
-def pixels(result: Result) -> np.ndarray:
-    """(n, height, width) bool."""
-    return np.array([rle.decode(counts, result.size) for counts in result.rles]).reshape(-1, *result.size)
-
-
-def iou(one: np.ndarray, other: np.ndarray) -> float:
-    union = (one | other).sum()
-    return float((one & other).sum() / union) if union else 1.0
-
-
 def predicted(theirs: Any, picture: np.ndarray, multimask: bool = True, **prompt: Any) -> tuple[np.ndarray, float]:
     """What SamPredictor thinks is the best mask of one prompt, and its rating."""
     from segment_anything import SamPredictor
@@ -153,29 +127,6 @@ def predicted(theirs: Any, picture: np.ndarray, multimask: bool = True, **prompt
     predictor.set_image(picture)
     found, ratings, _ = predictor.predict(multimask_output=multimask, **prompt)
     return found[ratings.argmax()], float(ratings.max())
-
-
-def some_boxes(picture: np.ndarray, count: int, seed: int = 0) -> list[list[float]]:
-    rng = np.random.default_rng(seed)
-    size = np.array(picture.shape[1::-1])
-    low = rng.uniform(0, 0.6, (count, 2)) * size
-    high = low + rng.uniform(0.1, 0.4, (count, 2)) * size
-    return np.hstack([low, np.minimum(high, size)]).round(1).tolist()
-
-
-def agree(result: Result, expected: list[tuple[np.ndarray, float]]) -> None:
-    """Same masks and ratings, and areas and boxes that belong to the masks."""
-    got = pixels(result)
-    assert len(got) == len(expected)
-    for mask, score, area, box, (wanted, rating) in zip(
-        got, result.scores, result.areas, result.boxes_xyxy, expected, strict=True
-    ):
-        assert 0.005 < wanted.mean() < 0.995
-        assert iou(mask, wanted) >= 0.99
-        assert abs(score - np.clip(rating, 0, 1)) <= 0.01
-        assert area == mask.sum()
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 class TestPrompts:
@@ -483,24 +434,6 @@ class TestEverything:
         result = run(load(weights, points_per_side=2, pred_iou_thresh=1.0), pictures[0], {})
         assert result.labels == ()
         assert result.size == pictures[0].shape[:2]
-
-
-class Shelf:
-    """Encodings kept in a dictionary."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
-        self.asked: list[str] = []
-        self.lock = threading.Lock()
-
-    def get(self, name: str) -> bytes | None:
-        with self.lock:
-            self.asked.append(name)
-        return self.kept.get(name)
-
-    def put(self, name: str, data: bytes) -> None:
-        with self.lock:
-            self.kept[name] = data
 
 
 class TestEncodings:

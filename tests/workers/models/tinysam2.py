@@ -10,7 +10,8 @@ import torch
 SIDE = 256  # of the network's input, in pixels
 
 
-def _sizes() -> dict[str, Any]:
+def sizes() -> dict[str, Any]:
+    """The parts of its configuration."""
     from transformers import Sam2HieraDetConfig, Sam2MaskDecoderConfig, Sam2PromptEncoderConfig, Sam2VisionConfig
 
     backbone = Sam2HieraDetConfig(
@@ -38,20 +39,50 @@ def _sizes() -> dict[str, Any]:
     }
 
 
-def tiny(seed: int = 0) -> Any:
-    """A Sam2Model with random weights, large enough that prompts and pictures matter."""
+def tiny(seed: int = 0, **decoder: Any) -> Any:
+    """A Sam2Model with random weights, so large that other prompts and other pictures give other masks.
+
+    Args:
+        decoder: what its mask decoder's configuration has besides its sizes.
+    """
     from transformers import Sam2Config, Sam2Model
 
+    parts = sizes()
+    for name, value in decoder.items():
+        setattr(parts["mask_decoder_config"], name, value)
+    return spread(Sam2Model(Sam2Config(**parts)), seed)
+
+
+def spread(model: Any, seed: int = 0) -> Any:
+    """A model with weights that keep numbers near to one from layer to layer, and a decoder that heeds prompts."""
     torch.manual_seed(seed)
-    return Sam2Model(Sam2Config(**_sizes())).eval()
+    decoder = model.mask_decoder
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                table = name.endswith(("_token.weight", "_tokens.weight", "_embed.weight")) or "pos_embed" in name
+                fan_in = weight.shape[0] if "upscale_conv" in name else weight[0].numel()
+                weight.normal_(0, 1 if table else fan_in**-0.5)
+        for layer in decoder.transformer.layers:
+            look = layer.cross_attn_image_to_token  # pixels look for prompts at their own place
+            look.q_proj.weight.mul_(3)
+            look.k_proj.weight.copy_(look.q_proj.weight)
+            look.o_proj.weight.mul_(3)
+        for conv in (decoder.conv_s0, decoder.conv_s1):
+            conv.weight.mul_(0.3)
+        for mlp in decoder.output_hypernetworks_mlps:
+            mlp.proj_out.weight.mul_(4)
+        decoder.iou_prediction_head.proj_out.weight.mul_(6)
+    return model.eval()
 
 
 def save(model: Any, folder: Path) -> Path:
     """A folder as save_pretrained writes it, with the image processor's own file."""
     from transformers import Sam2ImageProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
-    Sam2ImageProcessor(
-        size={"height": SIDE, "width": SIDE}, mask_size={"height": SIDE // 4, "width": SIDE // 4}
-    ).save_pretrained(folder)
+    size, mask_size = ({"height": side, "width": side} for side in (SIDE, SIDE // 4))
+    Sam2ImageProcessor(size=size, mask_size=mask_size).save_pretrained(folder)
     return folder
