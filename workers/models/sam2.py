@@ -139,10 +139,12 @@ def _check(name: str, model: Any, processor: Any) -> None:
             f"{name}: expected an image processor that stretches pictures to {side} x {side} and normalises them, as "
             f"config.json says, but got {made[0]} x {made[1]}; fetch {_PROCESSORS[0]} from where the weights come from"
         )
-    if len(model.backbone_feature_sizes) != 3:
+    grid = model.prompt_encoder.image_embedding_size[0]
+    sizes = [[4 * grid] * 2, [2 * grid] * 2, [grid] * 2]
+    if [list(size) for size in model.backbone_feature_sizes] != sizes:
         raise BadInput(
-            f"{name}: expected three backbone_feature_sizes in config.json, which the decoder of SAM 2 takes, but got "
-            f"{model.backbone_feature_sizes}"
+            f"{name}: expected backbone_feature_sizes of {sizes} in config.json, which belong to an input of "
+            f"{side} x {side}, but got {model.backbone_feature_sizes}"
         )
 
 

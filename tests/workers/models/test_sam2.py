@@ -17,6 +17,7 @@ from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
 from tests.workers.models.promptable_support import Shelf, agree, iou, photographs, pixels, prepared, run, some_boxes
 from tests.workers.models.tinysam2 import SIDE, save, sizes, spread, tiny
+from workers import onnxgraph
 from workers.maskgen import Params
 from workers.models import Site, sam2
 from workers.runtimes import torch as torch_runtime
@@ -246,6 +247,21 @@ class TestBatches:
         one, other = run(load(weights, precision="bf16"), pictures[0], data), run(model, pictures[0], data)
         assert all(iou(a, b) > 0.8 for a, b in zip(pixels(one), pixels(other), strict=True))
 
+    @pytest.mark.slow
+    def test_in_onnx(self, weights: Path, model: sam2.Segmenter, pictures: list[np.ndarray], tmp_path: Path) -> None:
+        """Both networks exported, for any number of prompts and of tokens."""
+
+        def open_network(network: Any) -> Any:
+            path = tmp_path / f"{network.name}.onnx"
+            onnxgraph.export(network, "fp32", path)
+            return onnxgraph.opened(path, 1)
+
+        exported = sam2.load(sam2.CARDS[0], Params(), weights, Site("cpu", open_network))
+        for data in ({"boxes": some_boxes(pictures[0], 17)}, {"points": [[[30, 40]], [[90, 100], [12, 60], [7, 8]]]}):
+            one, other = run(exported, pictures[0], data), run(model, pictures[0], data)
+            assert all(iou(a, b) > 0.999 for a, b in zip(pixels(one), pixels(other), strict=True))
+            assert np.allclose(one.scores, other.scores, rtol=0, atol=1e-4)
+
 
 class TestEverything:
     """Without prompts: the masks that transformers' pipeline for mask generation finds."""
@@ -453,6 +469,10 @@ class TestCheckpoints:
                 lambda folder: _change(folder / "preprocessor_config.json", size={"height": 64, "width": 64}),
                 "to 256 x 256 and normalises them, as config.json says, but got 64 x 64",
             ),
+            (
+                lambda folder: _change(folder / "config.json", vision_config=_coarse(folder)),
+                "expected backbone_feature",
+            ),
         ],
     )
     def test_damaged_folders(self, folder: Path, damage: Callable[[Path], Any], says: str) -> None:
@@ -475,6 +495,12 @@ class TestCheckpoints:
         assert not sam2.claims(folder)
         assert not sam2.claims(folder / "model.safetensors")
         assert not sam2.claims(folder / "missing")
+
+
+def _coarse(folder: Path) -> dict[str, Any]:
+    """Its vision_config, with the sizes that belong to a larger input."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["vision_config"]
+    return config | {"backbone_feature_sizes": [[256, 256], [128, 128], [64, 64]]}
 
 
 def _change(path: Path, **values: Any) -> None:
