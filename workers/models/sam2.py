@@ -38,7 +38,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _MAPS = ("fine", "middle", "coarse")  # of an encoding: a quarter, an eighth and a sixteenth of the input's side
 _PROMPTS = 16  # decoded at once: each holds its picture's maps, 17 MB, and a few as large as the largest of them
-_MEMORY_GB = {"tiny": 2.0, "small": 2.0, "base-plus": 2.5, "large": 3.5}  # half a GB of it for CUDA itself
+_MEMORY_GB = {"tiny": 2.5, "small": 2.5, "base-plus": 3.0, "large": 3.5}  # half a GB of it for CUDA itself
 
 CARDS: tuple[Card, ...] = tuple(
     Card(

@@ -63,6 +63,8 @@ def spread(model: Any, seed: int = 0) -> Any:
                 table = name.endswith(("_token.weight", "_tokens.weight", "_embed.weight")) or "pos_embed" in name
                 fan_in = weight.shape[0] if "upscale_conv" in name else weight[0].numel()
                 weight.normal_(0, 1 if table else fan_in**-0.5)
+        places = model.shared_image_embedding.positional_embedding.normal_()
+        model.prompt_encoder.shared_embedding.positional_embedding.copy_(places)
         for layer in decoder.transformer.layers:
             look = layer.cross_attn_image_to_token  # pixels look for prompts at their own place
             look.q_proj.weight.mul_(3)
