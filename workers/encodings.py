@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from storage.errors import ImagemillError
 from storage.objects import Store
+from workers.models import Encodings
 
 log = logging.getLogger("imagemill.worker")
 
 _FOLDER = "encodings/"
 _LOOK_EVERY = 64  # puts on average between two looks at the size of the whole
 _KEEP = 0.8  # of the limit, after it was passed
+_WAITING = 16  # encodings that may wait to be stored; further ones are not kept
 
 
 class StoredEncodings:
@@ -57,3 +61,31 @@ class StoredEncodings:
             if over and total > _KEEP * self._limit:
                 surplus.append(stat.key)
         self._store.delete(surplus)
+
+
+class Keeper:
+    """Stores encodings in threads of its own, so that the device does not wait for a store."""
+
+    def __init__(self, store: Encodings) -> None:
+        self._store = store
+        self._room = threading.Semaphore(_WAITING)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="encodings")
+
+    def get(self, name: str) -> bytes | None:
+        """What was put under a name, or None."""
+        return self._store.get(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Later; not at all when too many wait already."""
+        if self._room.acquire(blocking=False):
+            self._threads.submit(self._put, name, data)
+
+    def _put(self, name: str, data: bytes) -> None:
+        try:
+            self._store.put(name, data)
+        finally:
+            self._room.release()
+
+    def close(self) -> None:
+        """Wait until what was put is stored."""
+        self._threads.shutdown()

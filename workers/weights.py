@@ -162,7 +162,6 @@ def _from_hub(name: str, cache: Path, sha256: str) -> Path:
     repo, _, revision = name.partition("@")
     try:
         from huggingface_hub import list_repo_files, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise Misconfigured(
             "models from the hub need huggingface_hub; install it with: pip install 'imagemill[models]'"
@@ -171,7 +170,7 @@ def _from_hub(name: str, cache: Path, sha256: str) -> Path:
     try:
         files = _wanted(list_repo_files(repo, revision=revision or None))
         snapshot_download(repo, revision=revision or None, local_dir=folder, allow_patterns=files)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # besides its own, its client raises the errors of the HTTP library under it
         raise Unavailable(
             f"cannot download {_HUB_PREFIX}{name}: {one_line(str(error), 200)}; "
             "fetch the folder on another machine and give its path to --model"

@@ -129,3 +129,14 @@ def test_the_beginning_of_a_sha256_pins_a_file(file: Path) -> None:
     weights._verify(file, sha256[:8], "x")
     with pytest.raises(Misconfigured, match="not the file that was pinned"):
         weights._verify(file, "00000000", "x")
+
+
+def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client raises the errors of the HTTP library under it; the user is told what to do."""
+    from huggingface_hub import hf_api
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # before it tries again
+    with pytest.raises(Unavailable, match=r"cannot download hf:some/model: .*give its path to --model"):
+        weights.download("hf:some/model", tmp_path, "")

@@ -68,9 +68,9 @@ def ledger(stub: Any) -> None:
     stub.Stub.infer = noted
 
 
-def count_encodes(sam: Any) -> None:
+def count_encodes(promptable: Any) -> None:
     """Write down how many images each batch has encoded: a line a batch in the file INJECT_LEDGER."""
-    infer = sam.Segmenter.infer
+    infer = promptable.Segmenter.infer
 
     def noted(self: Any, batch: Sequence[Any]) -> Any:
         before = self.encoded
@@ -79,7 +79,7 @@ def count_encodes(sam: Any) -> None:
             file.write(f"{os.getpid()} {time.time()} {self.encoded - before}\n")
         return answers
 
-    sam.Segmenter.infer = noted
+    promptable.Segmenter.infer = noted
 
 
 def poison(stub: Any) -> None:
@@ -135,7 +135,7 @@ _CHANGES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "hidden": ("jobs.processes", hidden),
     "no-backoff": ("jobs.states", no_backoff),
     "ledger": ("workers.models.stub", ledger),
-    "count-encodes": ("workers.models.sam", count_encodes),
+    "count-encodes": ("workers.promptable", count_encodes),
     "poison": ("workers.models.stub", poison),
 }
 

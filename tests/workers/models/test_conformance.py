@@ -147,6 +147,12 @@ def _sam(folder: Path) -> Path:
     return folder / "sam.pth"
 
 
+def _sam2(folder: Path) -> Path:
+    from tests.workers.models.tinysam2 import save, tiny
+
+    return save(tiny(), folder / "sam2")
+
+
 def _timm(folder: Path) -> Path:
     import timm
 
@@ -216,6 +222,7 @@ WEIGHTS: dict[str, Callable[[Path], Path] | None] = {
     "torchvision_detection": _torchvision_detection,
     "dinov2": _dinov2,
     "sam": _sam,
+    "sam2": _sam2,
     "yoloseg": _yoloseg,
     "torchvision_segmentation": _torchvision_segmentation,
     "maskrcnn": _maskrcnn,
@@ -229,6 +236,7 @@ SMALL: dict[str, dict[str, Any]] = {  # the same -> parameters that make it quic
     "rtdetr": {"imgsz": 64, "conf": 0.1},
     "torchvision_detection": {"max_det": 10},
     "sam": {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
+    "sam2": {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
     "yoloseg": {"imgsz": 64, "max_det": 5},
     "torchvision_segmentation": {"imgsz": 64},
     "maskrcnn": {"imgsz": 128, "max_det": 5},
@@ -320,6 +328,11 @@ def test_cards_are_complete(subject: Subject) -> None:
 def test_card_names_are_unique() -> None:
     names = [(card.name, card.kind) for card in models.cards()]
     assert len(names) == len(set(names))
+
+
+def test_every_model_is_found_by_its_name() -> None:
+    for card in models.cards():
+        assert models.resolve(card.name, card.kind, {}, lambda card: Path()).card == card
 
 
 def test_defaults_are_valid_and_survive_json(subject: Subject) -> None:

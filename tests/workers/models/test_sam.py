@@ -14,10 +14,11 @@ import torch
 from storage import rle
 from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
+from tests.workers.models.promptable_support import Shelf, agree, iou, photographs, pixels, prepared, run, some_boxes
 from tests.workers.models.tinysam import SIDE, tiny
-from workers import masks, ultralytics_checkpoints
-from workers.models import Item, Prepared, Site, sam
-from workers.models.sam import Params
+from workers import masks
+from workers.maskgen import Params
+from workers.models import Item, Site, sam
 from workers.runtimes import torch as torch_runtime
 
 
@@ -102,14 +103,7 @@ def weights(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    """Photographs, wide, tall and square, larger and smaller than the input."""
-    import cv2
-
-    with ultralytics_checkpoints.library():
-        from ultralytics.utils import ASSETS
-    bus, zidane = (cv2.imread(str(Path(ASSETS) / name))[:, :, ::-1] for name in ("bus.jpg", "zidane.jpg"))
-    sizes = [(bus, 202, 270), (zidane, 320, 180), (bus[200:700, 100:600], 180, 180), (zidane, 600, 337)]
-    return [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture, *size in sizes]
+    return photographs()
 
 
 def load(weights: Path, encodings: Any = None, **params: Any) -> sam.Segmenter:
@@ -125,26 +119,6 @@ def model(weights: Path) -> sam.Segmenter:
     return load(weights)
 
 
-def prepared(model: sam.Segmenter, picture: np.ndarray, data: dict[str, Any], key: str = "key") -> Prepared:
-    return model.prepare(picture, Item(key, f"file:///{key}", "etag:1", data))
-
-
-def run(model: sam.Segmenter, picture: np.ndarray, data: dict[str, Any]) -> Result:
-    (result,) = model.infer([prepared(model, picture, data)])
-    assert isinstance(result, Result), result
-    return result
-
-
-def pixels(result: Result) -> np.ndarray:
-    """(n, height, width) bool."""
-    return np.array([rle.decode(counts, result.size) for counts in result.rles]).reshape(-1, *result.size)
-
-
-def iou(one: np.ndarray, other: np.ndarray) -> float:
-    union = (one | other).sum()
-    return float((one & other).sum() / union) if union else 1.0
-
-
 def predicted(theirs: Any, picture: np.ndarray, multimask: bool = True, **prompt: Any) -> tuple[np.ndarray, float]:
     """What SamPredictor thinks is the best mask of one prompt, and its rating."""
     from segment_anything import SamPredictor
@@ -153,29 +127,6 @@ def predicted(theirs: Any, picture: np.ndarray, multimask: bool = True, **prompt
     predictor.set_image(picture)
     found, ratings, _ = predictor.predict(multimask_output=multimask, **prompt)
     return found[ratings.argmax()], float(ratings.max())
-
-
-def some_boxes(picture: np.ndarray, count: int, seed: int = 0) -> list[list[float]]:
-    rng = np.random.default_rng(seed)
-    size = np.array(picture.shape[1::-1])
-    low = rng.uniform(0, 0.6, (count, 2)) * size
-    high = low + rng.uniform(0.1, 0.4, (count, 2)) * size
-    return np.hstack([low, np.minimum(high, size)]).round(1).tolist()
-
-
-def agree(result: Result, expected: list[tuple[np.ndarray, float]]) -> None:
-    """Same masks and ratings, and areas and boxes that belong to the masks."""
-    got = pixels(result)
-    assert len(got) == len(expected)
-    for mask, score, area, box, (wanted, rating) in zip(
-        got, result.scores, result.areas, result.boxes_xyxy, expected, strict=True
-    ):
-        assert 0.005 < wanted.mean() < 0.995
-        assert iou(mask, wanted) >= 0.99
-        assert abs(score - np.clip(rating, 0, 1)) <= 0.01
-        assert area == mask.sum()
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 class TestPrompts:
@@ -353,20 +304,19 @@ class TestBatches:
         self, model: sam.Segmenter, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Never more prompts than the bound reach the decoder, nor more masks than fit the making of pixels."""
-        networks = model._networks
-        assert networks is not None
+        decode = model._networks.decoder
         sizes, made = [], []
 
         def decoder(**inputs: Any) -> Any:
             sizes.append(len(inputs["encoding"]))
-            return networks[2](**inputs)
+            return decode(**inputs)
 
         def coded(found: Any) -> Any:
             made.append(found.numel())
             return before(found)
 
         before = masks.coded
-        monkeypatch.setattr(model, "_networks", (*networks[:2], decoder))
+        monkeypatch.setattr(model._networks, "decoder", decoder)
         monkeypatch.setattr(masks, "coded", coded)
         monkeypatch.setattr(masks, "_PIXELS", 10 * SIDE * SIDE)
         boxes = some_boxes(pictures[0], 150)
@@ -380,15 +330,14 @@ class TestBatches:
     def test_numbers_that_are_not_finite_fail_their_picture_alone(
         self, model: sam.Segmenter, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        networks = model._networks
-        assert networks is not None
+        encode = model._networks.encoder
 
         def encoder(images: Any) -> Any:
-            out = networks[0](images=images)["encoding"]
+            out = encode(images=images)["encoding"]
             out[1, 0, 0, 0] = float("nan")
             return {"encoding": out}
 
-        monkeypatch.setattr(model, "_networks", (encoder, *networks[1:]))
+        monkeypatch.setattr(model._networks, "encoder", encoder)
         batch = [prepared(model, p, {"boxes": some_boxes(p, 2)}) for p in pictures[:3]]
         first, second, third = model.infer(batch)
         assert isinstance(second, ItemFailed)
@@ -398,15 +347,14 @@ class TestBatches:
     def test_a_decoder_that_gives_nan(
         self, model: sam.Segmenter, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        networks = model._networks
-        assert networks is not None
+        decode = model._networks.decoder
 
         def decoder(**inputs: Any) -> Any:
-            out = networks[2](**inputs)
+            out = decode(**inputs)
             out["masks"][0, 0, 0, 0] = float("inf")
             return out
 
-        monkeypatch.setattr(model, "_networks", (*networks[:2], decoder))
+        monkeypatch.setattr(model._networks, "decoder", decoder)
         batch = [prepared(model, p, {"boxes": some_boxes(p, 2)}) for p in pictures[:2]]
         first, second = model.infer(batch)
         assert isinstance(first, ItemFailed)
@@ -427,9 +375,11 @@ class TestEverything:
     LOOSE = {"points_per_side": 6, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.6, "box_nms_thresh": 0.9}  # noqa: RUF012
 
     def expected(self, theirs: Any, picture: np.ndarray, params: dict[str, Any]) -> list[dict[str, Any]]:
+        """With encodings of the precision in which they are kept, since some masks are near to a threshold."""
         from segment_anything import SamAutomaticMaskGenerator
 
-        found: list[dict[str, Any]] = SamAutomaticMaskGenerator(theirs, **params).generate(picture)
+        with theirs.image_encoder.register_forward_hook(lambda module, given, out: out.half().float()):
+            found: list[dict[str, Any]] = SamAutomaticMaskGenerator(theirs, **params).generate(picture)
         return found
 
     def agree(self, result: Result, expected: list[dict[str, Any]]) -> None:
@@ -480,61 +430,10 @@ class TestEverything:
             assert len(alone.rles) == len(result.rles) > 0
             assert all(iou(a, b) > 0.999 for a, b in zip(pixels(alone), pixels(result), strict=True))
 
-    def test_of_doubles_the_one_that_needed_no_tidying_stays(self, weights: Path) -> None:
-        """Upstream's postprocess_small_regions, on masks of nearly one box."""
-        from segment_anything import SamAutomaticMaskGenerator
-        from segment_anything.utils.amg import MaskData, batched_mask_to_box, mask_to_rle_pytorch
-
-        found = np.zeros((3, 60, 80), bool)
-        found[0, 10:40, 10:50] = True
-        found[0, 20:22, 20:22] = False  # a hole, in the mask that is rated best
-        found[1, 10:41, 10:50] = True
-        found[2, 30:58, 40:78] = True
-        found[2, 1:3, 1:3] = True  # an island
-        boxes = torch.from_numpy(found)
-        data = MaskData(rles=mask_to_rle_pytorch(boxes), boxes=batched_mask_to_box(boxes), at=torch.arange(3))
-        expected = SamAutomaticMaskGenerator.postprocess_small_regions(data, 30, 0.7)
-        crop = (0, 0, 80, 60)
-        candidates = [sam._Candidate(m, r, crop) for m, r in zip(masks.coded(boxes), (0.9, 0.8, 0.7), strict=True)]
-        frame = sam._Frame.of((60, 80), SIDE)
-        task = sam._Task((60, 80), [sam._View(crop, frame, None, None, "", [])], None)
-        model = load(weights, min_mask_region_area=30, box_nms_thresh=1.0, crop_nms_thresh=0.0)
-        kept = model._without_doubles(candidates, task)
-        assert [c.rating for c in kept] == [0.8, 0.9, 0.7]  # nothing overlaps by more than 1
-        model = load(weights, min_mask_region_area=30, box_nms_thresh=0.98, crop_nms_thresh=0.0)
-        assert len(model._without_doubles(candidates, task)) == 3
-        # Let the doubles through the first look, at their ratings, and not the last.
-        model = load(weights, min_mask_region_area=30, box_nms_thresh=0.7)
-        before = sam._suppressed
-        looks = iter([lambda c, scores, threshold: list(c), before])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sam, "_suppressed", lambda *given: next(looks)(*given))
-            kept = model._without_doubles(candidates, task)
-        assert [c.rating for c in kept] == [[0.9, 0.8, 0.7][i] for i in expected["at"].tolist()] == [0.8, 0.7]
-        assert [c.mask.area for c in kept] == [sum(one["counts"][1::2]) for one in expected["rles"]]
-
     def test_nothing_that_passes(self, weights: Path, pictures: list[np.ndarray]) -> None:
         result = run(load(weights, points_per_side=2, pred_iou_thresh=1.0), pictures[0], {})
         assert result.labels == ()
         assert result.size == pictures[0].shape[:2]
-
-
-class Shelf:
-    """Encodings kept in a dictionary."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
-        self.asked: list[str] = []
-        self.lock = threading.Lock()
-
-    def get(self, name: str) -> bytes | None:
-        with self.lock:
-            self.asked.append(name)
-        return self.kept.get(name)
-
-    def put(self, name: str, data: bytes) -> None:
-        with self.lock:
-            self.kept[name] = data
 
 
 class TestEncodings:
