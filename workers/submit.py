@@ -95,8 +95,11 @@ def _found(
 
 def _pinned(store: Store, resolved: Resolved, device: str, runtime: str, precision: str) -> JobSpec:
     """The spec of a model whose weights lie in the store, once it is sure that the runtime takes it."""
-    runtimes.check(runtime, device, precision)
     card = resolved.card
+    only = getattr(models.family(card.family), "RUNTIME", runtime)
+    if runtime != only:
+        raise BadInput(f"{card.name} runs in the runtime {only} alone; give --runtime {only}")
+    runtimes.check(runtime, device, precision)
     sha256 = key = ""
     if resolved.weights_path is not None:
         sha256 = weights.sha256_of(resolved.weights_path)

@@ -43,6 +43,8 @@ class Network:
         dynamic_axes: input or output name -> {axis: axis name} that may vary.
         onnx: a file that is this network already, for one that comes as a file; its inputs and outputs have the names
             above, and it runs in the precision that it was written in.
+        engine: an engine of TensorRT that is this network already, as `workers.enginemeta` reads it; no other runtime
+            can run it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Network:
     outputs: tuple[str, ...]
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     onnx: Path | None = None
+    engine: Path | None = None
 
 
 class Session(Protocol):
