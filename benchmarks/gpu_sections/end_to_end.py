@@ -49,7 +49,11 @@ def dataset(bench: Bench) -> Path:
     count = 24 if bench.quick else 8192 if bench.on_gpu else 256
     drawn = jpegs(min(count, 40), *((96, 64) if bench.quick else (960, 640)))
     for i in range(count):
-        (folder / f"{i:06d}.jpg").write_bytes(drawn[i % len(drawn)])
+        path = folder / f"{i:06d}.jpg"
+        if i < len(drawn):
+            path.write_bytes(drawn[i])
+        else:
+            path.hardlink_to(folder / f"{i % len(drawn):06d}.jpg")
     return folder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu_sections.bench import Bench
+from benchmarks.gpu_sections.bench import Bench, expect
 
 HEAD = ("network", "how", "batch", "a second", "largest difference from fp32")
 
@@ -67,7 +67,7 @@ def table(
     """
     inputs = {batch: batched(network, batch, bench.device) for batch in batches}
     with numbers(FP32):
-        expected = session(bench, network, FP32)(inputs[batches[0]])
+        expected = check_alive(session(bench, network, FP32), inputs[batches[0]])
     for way in chosen if chosen is not None else ways(bench):
         run: list[Any] = []
 
@@ -82,8 +82,8 @@ def table(
                 with numbers(way):
                     forward, given = opened(), inputs[batch]
                     found = bench.rate(lambda: per_call(len(forward(given)) and batch))
-                    off = difference(forward(inputs[batches[0]]), expected) if batch == batches[0] else ""
-                return found, off
+                    off = difference(forward(inputs[batches[0]]), expected) if batch == batches[0] else None
+                return found, "" if off is None else f"{off:.1e}"
 
             bench.attempt(name, way.name, batch, take=take)
 
@@ -99,7 +99,7 @@ def session(bench: Bench, network: Any, way: Way) -> Callable[[dict[str, Any]], 
     if way.compiled == "eager":
         module = torch.compile(module, backend="eager")
     elif way.compiled:
-        module = torch.compile(module, mode=way.compiled)
+        module = torch.compile(module, mode=way.compiled, dynamic=False)  # anew for each batch, as a job has one
 
     def forward(inputs: dict[str, Any]) -> tuple[Any, ...]:
         with torch.inference_mode():
@@ -143,10 +143,23 @@ def batched(network: Any, batch: int, device: str) -> dict[str, Any]:
     return found
 
 
-def difference(found: Sequence[Any], expected: Sequence[Any]) -> str:
-    """The largest difference of any output, as a share of that output's largest number."""
-    worst = 0.0
-    for one, right in zip(found, expected, strict=True):
-        largest = float(right.double().abs().max()) or 1.0
-        worst = max(worst, float((one.double() - right.double()).abs().max()) / largest)
-    return f"{worst:.1e}"
+def difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The largest difference of any output, as a share of that output's largest number; NaN where there is one."""
+    import torch
+
+    off = [
+        (one.double() - right.double()).abs().max() / right.double().abs().max().clamp(min=1e-30)
+        for one, right in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(off).max())  # which is NaN when any is
+
+
+def check_alive(run: Callable[[dict[str, Any]], tuple[Any, ...]], inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a network gives, once it is sure that this depends on what it is given; else equal outputs say nothing."""
+    import torch
+
+    found = run(inputs)
+    other = run({n: torch.zeros_like(t) if t.is_floating_point() else t for n, t in inputs.items()})
+    least = min(difference([a], [b]) for a, b in zip(found, other, strict=True))
+    expect(least > 1e-2, f"the network gives the same whatever it is given, or NaN: {least:.1e} apart")
+    return found

@@ -46,7 +46,7 @@ def run(bench: Bench) -> None:
     for line in common.machine():
         bench.say(f"- {line}")
     lacking = [package for module, package in _WANTED.items() if importlib.util.find_spec(module) is None]
-    for package in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "pycuda", "nvidia-ml-py", "diffusers"):
+    for package in ("onnxruntime-gpu", "tensorrt", "pycuda", "nvidia-ml-py", "diffusers"):
         if any(True for _ in importlib.metadata.distributions(name=package)):
             bench.say(f"- {package} {importlib.metadata.version(package)}")
     bench.say(f"- not installed: {', '.join(lacking) or 'nothing that is used'}")

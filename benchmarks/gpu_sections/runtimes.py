@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,19 @@ def provider() -> str:
     return "not installed (pip install tensorrt pycuda, or onnxruntime-ep-nv-tensorrt-rtx-cu13)"
 
 
+def check_card() -> None:
+    """Raise LeftOut where the plug-in is all there is of TensorRT, and it does not know the card."""
+    import torch
+
+    from workers.runtimes import NotRunnable, tensorrt
+
+    if importlib.util.find_spec("tensorrt") is None and tensorrt.installed():
+        try:
+            tensorrt.check_capability(torch.cuda.get_device_capability(0))
+        except NotRunnable as error:
+            raise shared.LeftOut(str(error)) from error
+
+
 def chosen(bench: Bench) -> list[tuple[str, Any]]:
     """Networks of YOLO and DINOv2, as their families ask for them; those whose libraries are missing are left out."""
     found: list[tuple[str, Any]] = []
@@ -94,6 +108,8 @@ def measured(bench: Bench, name: str, network: Any, runtime: str, precision: str
     from storage.errors import ImagemillError
     from workers import runtimes
 
+    if runtime == "tensorrt":
+        check_card()
     folder = bench.folder / f"{name}-{runtime}-{precision}".replace(" ", "-")
     folder.mkdir()
     files = Files(folder)
@@ -105,12 +121,12 @@ def measured(bench: Bench, name: str, network: Any, runtime: str, precision: str
         raise shared.LeftOut(str(error)) from error
     inputs = forward.batched(network, batch, bench.device)
     with forward.numbers(forward.FP32):
-        expected = forward.session(bench, network, forward.FP32)(inputs)
+        expected = forward.check_alive(forward.session(bench, network, forward.FP32), inputs)
     out = session(**inputs)
     found = [out[name] for name in network.outputs]
     off = forward.difference(found, expected)
-    expect(float(off) <= AGREES[precision], f"differs from torch by {off} of the largest number")
+    expect(off <= AGREES[precision], f"differs from torch by {off:.1e} of the largest number")
     one = session(**{given: tensor[:1] for given, tensor in inputs.items()})
     expect(all(len(one[name]) == 1 for name in network.outputs), "one picture alone gives more than one answer")
     rate = bench.rate(lambda: len(session(**inputs)[network.outputs[0]]))
-    return rate, off, f"{files.seconds:.1f} s"
+    return rate, f"{off:.1e}", f"{files.seconds:.1f} s"
