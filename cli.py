@@ -996,6 +996,92 @@ def check_model(
         click.echo(f"  {name:<12} {value}")
 
 
+@cli.group()
+def engines() -> None:
+    """What runtimes have built from networks, kept in the store for the whole fleet."""
+
+
+@engines.command("ls")
+@_json_option
+def list_engines(as_json: bool) -> None:
+    """List the engines in the store, the newest first. Those of the runtime onnx serve openvino and tensorrt too."""
+    from workers import enginelist
+
+    rows = enginelist.rows(_home().store)
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return
+    click.echo(f"{'name':<26} {'model':<20} {'runtime':<9} {'precision':<9} {'size':>10} {'age':>6}  digest")
+    for row in rows:
+        size, age = f"{row.size / 1e6:.1f} MB", _age(time.time() - row.modified)
+        click.echo(
+            f"{row.name:<26} {row.model:<20} {row.runtime:<9} {row.precision:<9} {size:>10} {age:>6}  {row.digest[:12]}"
+        )
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+@engines.command("build")
+@click.argument("model")
+@click.option("--kind", help="detections, masks, embedding, labels or image; needed where a model yields several.")
+@click.option("--runtime", required=True, help="onnx, openvino or tensorrt.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, gpu, or a GPU's number.")
+@click.option("--param", "extra", multiple=True, metavar="NAME=VALUE", help="A parameter of the model.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@_json_option
+def build_engines(model: str, kind: str | None, extra: tuple[str, ...], quiet: bool, as_json: bool, **how: Any) -> None:
+    """Build the engines of MODEL for this machine's device into the store, before a job asks for them."""
+    from workers import enginelist
+    from workers import models as known
+
+    home = _home()
+    kind, params = kind or known.kind_of(model), _named_values(extra)
+    with _Show(quiet=quiet or as_json) as show:
+        found = enginelist.build(
+            home.store,
+            home.settings,
+            model=model,
+            kind=kind,
+            params=params,
+            on_download=show.download,
+            on_progress=show.building,
+            **how,
+        )
+    if as_json:
+        _print_json([dataclasses.asdict(engine) for engine in found])
+        return
+    for engine in found:
+        done = f"built in {engine.seconds:.1f} s" if engine.built else "was there already"
+        click.echo(f"{engine.digest[:12]}  {engine.name}  {engine.size / 1e6:.1f} MB  {done}")
+
+
+@engines.command("rm")
+@click.argument("digests", nargs=-1, metavar="[DIGEST]...")
+@click.option("--all", "everything", is_flag=True, help="All of them, and what was begun and never finished.")
+@_json_option
+def remove_engines(digests: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Remove engines from the store and this machine. DIGEST: its beginning, as `imagemill engines ls` shows it."""
+    from workers import enginelist
+
+    if everything == bool(digests):
+        raise click.UsageError("give the beginnings of digests, as shown by: imagemill engines ls, or --all")
+    home = _home()
+    gone = enginelist.remove(home.store, home.settings, digests, everything=everything)
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in gone])
+        return
+    for row in gone:
+        click.echo(f"removed {row.digest[:12]}  {row.name}")
+    if not gone:
+        click.echo("there were none")
+
+
 def _defaults(params: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(params)}
 
@@ -1068,6 +1154,11 @@ class _Show:
         """While weights are fetched."""
         share = f" of {total / 1e6:.1f}" if total else ""
         self._line(f"fetching {name}: {done / 1e6:.1f}{share} MB", None, None)
+
+    def building(self, name: str, seconds: float) -> None:
+        """While a runtime builds what it needs, when that takes longer than a moment."""
+        if seconds >= 2:
+            self._line(f"building {name}: {seconds:.0f} s", None, None)
 
     def planning(self, report: Any) -> None:
         """While the dataset is listed."""

@@ -20,17 +20,17 @@ _START_S = 60
 
 
 class Mill:
-    """`imagemill up` in a home folder of its own."""
+    """`imagemill up` in a home folder of its own, on one kind of device."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, device: str = "cpu") -> None:
         self._env = {**common.environment(), "IMAGEMILL_HOME": str(home)}
         self._log = (home.parent / "imagemill.log").open("w")
-        command = [str(PROGRAM), "up", "--device", "cpu"]
+        command = [str(PROGRAM), "up", "--device", device]
         self._up = subprocess.Popen(command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT)
         self.pid = self._up.pid
         self._has_runtimes = "--runtime" in self.output("annotate", "--help")
         until = time.monotonic() + _START_S
-        while "cpu" not in self.output("workers", "--json"):
+        while not json.loads(self.output("workers", "--json")):
             if time.monotonic() > until or self._up.poll() is not None:
                 self.close()
                 raise SystemExit(f"imagemill up did not start; see {self._log.name}")

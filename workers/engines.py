@@ -15,6 +15,7 @@ use. Where the store does not answer, the machine builds for itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -28,8 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.spec import JobSpec
 from storage.errors import ImagemillError, Misconfigured, NotFound
 from storage.objects import Store
+from storage.settings import Settings
+from workers import exporting
 from workers.runtimes import Network
 from workers.weights import sha256_of
 
@@ -126,6 +130,13 @@ class Engines:
         self._make_room(path.parent)
         return path
 
+    def share(self, about: Mapping[str, str], name: str) -> None:
+        """Put this machine's file into the store where that has lost it, by `remove` say. Raises ImagemillError."""
+        digest = digest_of(about)
+        if _entry(self._store, digest) is None:
+            path = self._folder / digest / name
+            self._put(Entry(digest, name, about, path.stat().st_size, sha256_of(path)), path)
+
     # ------------------------------------------------------------------------------------------------ this machine
 
     def _is_whole(self, path: Path) -> bool:
@@ -217,12 +228,20 @@ class Engines:
             temporary.unlink(missing_ok=True)
 
     def _publish(self, entry: Entry, path: Path) -> None:
-        shown: dict[str, Any] = {"name": entry.name, "about": entry.about, "size": entry.size, "sha256": entry.sha256}
         try:
-            self._store.put_file(f"{FOLDER}{entry.digest}/{entry.sha256}", path)
-            self._store.put(f"{FOLDER}{entry.digest}/{_ENTRY}", json.dumps(shown, sort_keys=True).encode())
+            self._put(entry, path)
         except ImagemillError as error:
             log.warning("engine %s could not be kept for the fleet: %s", entry.name, error)
+
+    def _put(self, entry: Entry, path: Path) -> None:
+        shown: dict[str, Any] = {
+            "name": entry.name,
+            "about": dict(entry.about),
+            "size": entry.size,
+            "sha256": entry.sha256,
+        }
+        self._store.put_file(f"{FOLDER}{entry.digest}/{entry.sha256}", path)
+        self._store.put(f"{FOLDER}{entry.digest}/{_ENTRY}", json.dumps(shown, sort_keys=True).encode())
 
     @contextlib.contextmanager
     def _announced(self, digest: str) -> Iterator[None]:
@@ -253,6 +272,35 @@ class Engines:
                 self._store.delete([key])
 
 
+def of_spec(
+    store: Store,
+    settings: Settings,
+    spec: JobSpec,
+    weights: Path | None,
+    moving: Callable[[], None] = lambda: None,
+    pace: Pace = Pace(),
+) -> Engines:
+    """The engines of a job's model.
+
+    Args:
+        weights: local file or folder of the spec's weights.
+    """
+    # All parameters, since a family alone knows which of them change its networks.
+    model = {
+        "weights": spec.weights_sha256,
+        "family": spec.family,
+        "kind": spec.kind,
+        "params": json.dumps(dict(spec.params), sort_keys=True),
+    }
+    export = functools.partial(exporting.export, spec, weights)
+    return Engines(store, folder_of(settings), model, export, moving, pace=pace)
+
+
+def folder_of(settings: Settings) -> Path:
+    """Where this machine keeps its files."""
+    return settings.cache_folder / "engines"
+
+
 def digest_of(about: Mapping[str, str]) -> str:
     """Names what a file depends on: the sha256 of its canonical JSON."""
     return hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()
@@ -268,11 +316,16 @@ def entries(store: Store) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.modified, reverse=True)
 
 
+def digests(store: Store) -> list[str]:
+    """Of everything that there is or that was begun, entries or not."""
+    return sorted({stat.key.removeprefix(FOLDER).partition("/")[0] for stat in store.list(FOLDER)})
+
+
 def remove(store: Store, digests: Sequence[str]) -> int:
     """Remove engines from the store; returns how many there were. Workers that hold one go on with it.
 
     Args:
-        digests: whole ones, as `entries` gives them.
+        digests: whole ones, as `entries` and `digests` give them.
     """
     count = 0
     for digest in digests:
@@ -288,8 +341,9 @@ def _entry(store: Store, digest: str, modified: float = 0.0) -> Entry | None:
     data = _read(store, f"{FOLDER}{digest}/{_ENTRY}")
     try:
         value = json.loads(data) if data else {}
-        return Entry(digest, value["name"], value["about"], value["size"], value["sha256"], modified)
-    except (ValueError, KeyError, TypeError):
+        about = {str(name): str(text) for name, text in value["about"].items()}
+        return Entry(digest, str(value["name"]), about, int(value["size"]), str(value["sha256"]), modified)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -105,6 +105,49 @@ def decode(data: bytes, limits: Limits) -> Decoded:
     return Decoded(pixels, pixels.shape[1], pixels.shape[0])
 
 
+@dataclass(frozen=True, slots=True)
+class PlainJpeg:
+    """A JPEG that every decoder decodes alike: grey or YCbCr, nothing between its segments.
+
+    Attributes:
+        width, height: as stored, before orientation.
+        orientation: of EXIF, 1 to 8; for the decoder's caller to undo.
+    """
+
+    width: int
+    height: int
+    orientation: int
+
+
+def plain_jpeg(data: bytes, limits: Limits) -> PlainJpeg | None:
+    """What a JPEG's header says, for another decoder than `decode`; None for a picture that is best left to that.
+
+    Raises:
+        ItemFailed: as `decode`, for what can be told without decoding.
+    """
+    if _format_within(data, limits.max_bytes) != "JPEG":
+        return None
+    frame = _checked_frame(data, limits)
+    if frame.channels not in (1, 3) or not frame.clean:
+        return None
+    try:
+        picture = _opened("JPEG", data)
+    except Exception:  # noqa: BLE001 (Pillow cannot read the header; `decode` says why)
+        return None
+    if frame.channels == 3 and not _is_ycc(picture):
+        return None
+    return PlainJpeg(frame.width, frame.height, _orientation(picture))
+
+
+def _is_ycc(picture: Any) -> bool:
+    """Whether three channels are YCbCr, by libjpeg's rules: a JFIF header, Adobe's mark, or the channels' numbers."""
+    if "jfif" in picture.info:
+        return True
+    if "adobe" in picture.info:
+        return bool(picture.info.get("adobe_transform") == 1)
+    return [layer[0] for layer in picture.layer] == [1, 2, 3]
+
+
 def crop(pixels: Pixels, box: Sequence[float]) -> Pixels:
     """The part of a picture that a box covers, at least one pixel of it.
 
@@ -302,8 +345,8 @@ def _jpeg_frame(data: bytes) -> _Frame:
     raise _failed("corrupt", "corrupt JPEG: no frame before the first scan")
 
 
-def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
-    """Through OpenCV: as fast as any, the very pixels ultralytics sees, and without the GIL."""
+def _checked_frame(data: bytes, limits: Limits) -> _Frame:
+    """The frame of a JPEG that may be decoded: not too large, with an end, and without endless scans."""
     frame = _jpeg_frame(data)
     _check_pixels(frame.width, frame.height, limits)
     # The end marker cannot occur within a scan. Older OpenCV fills what a cut file lacks with grey and says nothing.
@@ -311,6 +354,12 @@ def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
         raise _failed("truncated", "truncated JPEG: it has no end marker")
     if data.count(b"\xff\xda", frame.scan) > _MAX_JPEG_SCANS:
         raise _failed("corrupt", f"JPEG with more than {_MAX_JPEG_SCANS} scans: each costs a pass over all pixels")
+    return frame
+
+
+def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
+    """Through OpenCV: as fast as any, the very pixels ultralytics sees, and without the GIL."""
+    frame = _checked_frame(data, limits)
     # OpenCV's libjpeg writes to stderr about bytes between segments; Pillow's does not.
     if frame.channels in (1, 3) and frame.clean:
         cv2 = _cv2()

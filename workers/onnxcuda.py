@@ -4,10 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
+from storage.errors import Misconfigured
 from workers import onnxgraph
 from workers.runtimes import NotRunnable
 
 _SHAPES = 256  # of inputs, whose outputs' shapes are remembered
+
+
+# What a network spends its time in. Arithmetic on shapes, which ONNX Runtime leaves to the CPU on purpose, is none.
+_COSTLY = frozenset(
+    {"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcConv", "Einsum"}
+    | {"Attention", "MultiHeadAttention", "LayerNormalization", "InstanceNormalization", "Resize", "Softmax"}
+)
+
+
+def options() -> Any:
+    """Session options of `onnxgraph`, under which a session can tell which provider computes what."""
+    chosen = onnxgraph.options(1)
+    chosen.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return chosen
+
+
+def check_placed(session: Any, provider: str) -> None:
+    """Raise unless a provider computes all that costs time: ONNX Runtime gives the CPU the rest without an error.
+
+    Raises:
+        Misconfigured: the provider is not there at all.
+        NotRunnable: it does not know some costly node of this graph.
+    """
+    there = session.get_providers()
+    if provider not in there:
+        raise Misconfigured(f"ONNX Runtime runs in {', '.join(there)} here, but {provider} was asked for")
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24
+        return
+    elsewhere: dict[str, int] = {}
+    for part in session.get_provider_graph_assignment_info():
+        if part.ep_name == provider:
+            continue
+        for node in part.get_nodes():
+            if node.op_type in _COSTLY:
+                elsewhere[node.op_type] = elsewhere.get(node.op_type, 0) + 1
+    if elsewhere:
+        shown = ", ".join(f"{count} {kind}" for kind, count in sorted(elsewhere.items()))
+        raise NotRunnable(f"ONNX Runtime would compute {shown} of the graph on the CPU instead of in {provider}")
 
 
 class Bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from storage.objects import Store
 from storage.settings import Settings
 from storage.tables import MAX_SHARD_ITEMS
 from workers import devices, models, runtimes, weights
-from workers.models import Card
+from workers.models import Card, Resolved
 
 
 def resolve(
@@ -50,23 +51,63 @@ def resolve(
     if runtime != AUTO:
         runtimes.get(runtime)
     uri = sources.canonical(dataset)
+    resolved = _found(settings, model, kind, params, on_download)
+    queue = _queue(db, settings, device, resolved.card)
+    spec = _pinned(store, resolved, "cpu" if queue == "cpu" else "cuda", runtime, precision)
+    return dataclasses.replace(spec, dataset=uri, batch=batch or 0, shard_size=shard_size, queue=queue)
 
+
+def resolve_model(
+    store: Store,
+    settings: Settings,
+    *,
+    kind: str,
+    model: str,
+    params: Mapping[str, Any],
+    device: str,
+    runtime: str,
+    precision: str,
+    on_download: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> JobSpec:
+    """The spec of a job as `resolve` makes it, but for its dataset, which is "". Raises BadInput.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return _pinned(store, _found(settings, model, kind, params, on_download), device, runtime, precision)
+
+
+def _found(
+    settings: Settings,
+    model: str,
+    kind: str,
+    params: Mapping[str, Any],
+    on_download: Callable[[str, int, int], None],
+) -> Resolved:
     def fetch(card: Card) -> Path:
         report = lambda done, total: on_download(card.name, done, total)  # noqa: E731
         return weights.download(card.weights, settings.cache_folder, card.sha256, report)
 
-    resolved = models.resolve(model, kind, params, fetch)
+    return models.resolve(model, kind, params, fetch)
+
+
+def _pinned(store: Store, resolved: Resolved, device: str, runtime: str, precision: str) -> JobSpec:
+    """The spec of a model whose weights lie in the store, once it is sure that the runtime takes it."""
     card = resolved.card
-    queue = _queue(db, settings, device, card)
-    if AUTO not in (runtime, precision):
-        runtimes.check(runtime, "cpu" if queue == "cpu" else "cuda", precision)
+    only = getattr(models.family(card.family), "RUNTIME", "")
+    if only and runtime == AUTO:
+        runtime = only
+    if only and runtime != only:
+        raise BadInput(f"{card.name} runs in the runtime {only} alone; give --runtime {only}")
+    if runtime != AUTO:
+        runtimes.check(runtime, device, precision if precision != AUTO else runtimes.usual_precision(runtime, device))
     sha256 = key = ""
     if resolved.weights_path is not None:
         sha256 = weights.sha256_of(resolved.weights_path)
         key = weights.publish(store, resolved.weights_path, sha256)
     return JobSpec(
-        dataset=uri,
-        kind=kind,
+        dataset="",
+        kind=card.kind,
         family=card.family,
         weights_sha256=sha256,
         params=_plain(resolved.params),
@@ -75,9 +116,6 @@ def resolve(
         labels=resolved.labels,
         runtime=runtime,
         precision=precision,
-        batch=batch or 0,
-        shard_size=shard_size,
-        queue=queue,
     )
 
 

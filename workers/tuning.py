@@ -75,7 +75,7 @@ def plain(spec: JobSpec, device: str) -> JobSpec:
     if runtime == AUTO:
         able = [n for n in ("torch", *runtimes.names()) if spec.precision in (AUTO, *runtimes.precisions(n, device))]
         runtime = able[0]
-    precision = spec.precision if spec.precision != AUTO else (*runtimes.precisions(runtime, device), "fp32")[0]
+    precision = spec.precision if spec.precision != AUTO else runtimes.usual_precision(runtime, device)
     return dataclasses.replace(spec, runtime=runtime, precision=precision, batch=spec.batch or _BATCH[device])
 
 

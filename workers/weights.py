@@ -73,6 +73,15 @@ def _publish_folder(store: Store, folder: Path, sha256: str) -> str:
     return base + _LIST
 
 
+def name_in(store: Store, sha256: str) -> str:
+    """What the user called the weights that lie in the store: a file's name less its ending, or a folder's; else ""."""
+    for stat in store.list(f"weights/{sha256}/"):
+        name = stat.key.split("/")[2]
+        is_folder = name.endswith(_LIST) or stat.key.count("/") > 2
+        return name.removesuffix(_LIST) if is_folder else Path(name).stem
+    return ""
+
+
 def fetch(store: Store, key: str, sha256: str, cache: Path) -> Path:
     """The weights as a local file or folder whose sha256 has been checked. Several processes may fetch them at once."""
     if key.endswith(_LIST):

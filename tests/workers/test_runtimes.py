@@ -26,7 +26,7 @@ from storage.objects import open_store
 from storage.settings import load
 from tests.workers.models import test_conformance as families
 from tests.workers.models import test_yolo as of_yolo
-from workers import exporting, models, onnxgraph, runtimes, ultralytics_checkpoints, weights
+from workers import exporting, models, onnxcuda, onnxgraph, runtimes, ultralytics_checkpoints, weights
 from workers.engines import Engines
 from workers.loaded import Models
 from workers.models import Item, Site
@@ -286,6 +286,29 @@ def test_cuda_that_is_not_there_is_no_silent_cpu(files: Kept, tmp_path: Path) ->
     with pytest.raises(Misconfigured, match="does not run on CUDA here"):
         onnx_runtime._check_provider(["CPUExecutionProvider"])
     onnx_runtime._check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_a_graph_that_would_run_on_the_cpu_in_part_is_refused(files: Kept) -> None:
+    """ONNX Runtime gives the CPU what another provider does not know, and says nothing."""
+    import onnxruntime
+
+    path = onnxgraph.exported(network(), files)
+    session = onnxruntime.InferenceSession(path, onnxcuda.options(), providers=["CPUExecutionProvider"])
+    onnxcuda.check_placed(session, "CPUExecutionProvider")
+    with pytest.raises(Misconfigured, match="runs in CPUExecutionProvider here, but CUDAExecutionProvider was asked"):
+        onnxcuda.check_placed(session, "CUDAExecutionProvider")
+
+    class HalfThere:
+        """The same session, as it tells of itself where a provider is there and took no node."""
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", *session.get_providers()]
+
+        def get_provider_graph_assignment_info(self) -> Any:
+            return session.get_provider_graph_assignment_info()
+
+    with pytest.raises(NotRunnable, match=r"would compute \d Conv.* on the CPU instead of in CUDAExecutionProvider"):
+        onnxcuda.check_placed(HalfThere(), "CUDAExecutionProvider")
 
 
 def test_memory_that_ran_out_is_known_as_such() -> None:

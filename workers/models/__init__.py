@@ -5,6 +5,7 @@ A family's file defines, with no heavy import at module level,
     CARDS: tuple[Card, ...]                     the models known by name, at least one for each kind it yields
     REQUIRES: tuple[str, ...]                   import names of the libraries that `load` needs
     EXTRA: str                                  the extra of the package that brings them, where it is not "worker"
+    RUNTIME: str                                the one runtime that runs its networks, where others cannot
     claims(path) -> bool                        whether a local weights file or folder is of this family
     describe(path) -> tuple[str, ...]           the class names in the weights, read without running them
     load(card, params, weights, site) -> Model  `card.kind` says which of its kinds is wanted

@@ -43,6 +43,8 @@ class Network:
         dynamic_axes: input or output name -> {axis: axis name} that may vary.
         onnx: a file that is this network already, for one that comes as a file; its inputs and outputs have the names
             above, and it runs in the precision that it was written in.
+        engine: an engine of TensorRT that is this network already, as `workers.enginemeta` reads it; no other runtime
+            can run it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Network:
     outputs: tuple[str, ...]
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     onnx: Path | None = None
+    engine: Path | None = None
 
 
 class Session(Protocol):
@@ -98,6 +101,12 @@ def precisions(name: str, device: str) -> tuple[str, ...]:
     """In which precisions a runtime runs on a device, () when it does not run there."""
     runs: Mapping[str, tuple[str, ...]] = getattr(get(name), "RUNS", {"cpu": PRECISIONS, "cuda": PRECISIONS})
     return runs.get(device.partition(":")[0], ())
+
+
+def usual_precision(name: str, device: str) -> str:
+    """The precision that a runtime is taken in where none was asked for: fp32, or the first it has on the device."""
+    able = precisions(name, device)
+    return "fp32" if "fp32" in able or not able else able[0]
 
 
 def check(name: str, device: str, precision: str) -> None:

@@ -27,7 +27,7 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
     """Export the network, or take the file exported before, and open it; outputs come back as float32.
 
     Raises:
-        NotRunnable: it cannot be exported, or ONNX Runtime cannot open it.
+        NotRunnable: it cannot be exported, ONNX Runtime cannot open it, or would compute parts of it on the CPU.
         Misconfigured: a CUDA device was asked for, and ONNX Runtime would run on the CPU.
     """
     import torch
@@ -44,6 +44,7 @@ def _on_cuda(path: Path, device: str) -> Session:
     onnxruntime.preload_dlls()  # the CUDA libraries that torch brought
     session = _opened(path)
     _check_provider(session.get_providers())
+    onnxcuda.check_placed(session, _CUDA)
     return onnxcuda.Bound(session, device)
 
 
@@ -53,14 +54,15 @@ def _opened(path: Path) -> Any:
     if _CUDA not in onnxruntime.get_available_providers():
         _check_provider(onnxruntime.get_available_providers())
     try:
-        return onnxruntime.InferenceSession(path, onnxgraph.options(1), providers=[(_CUDA, _CUDA_OPTIONS)])
+        given = [(_CUDA, _CUDA_OPTIONS)]
+        return onnxruntime.InferenceSession(path, onnxcuda.options(), providers=given, enable_fallback=0)
     except Exception as error:
         raise NotRunnable(f"ONNX Runtime cannot open {path.name}: {one_line(str(error), 400)}") from error
 
 
 def _check_provider(providers: list[str]) -> None:
-    """Raise Misconfigured unless CUDA comes first: ONNX Runtime falls back to the CPU without an error."""
-    if providers[:1] != [_CUDA] and _CUDA not in providers:
+    """Raise Misconfigured unless CUDA is among them: ONNX Runtime falls back to the CPU without an error."""
+    if _CUDA not in providers:
         raise Misconfigured(
             f"ONNX Runtime does not run on CUDA here, only with {', '.join(providers)}; replace onnxruntime by "
             "onnxruntime-gpu for torch's CUDA version, or take --runtime torch"

@@ -4,9 +4,7 @@ TensorRT's own builder makes an engine from the network's ONNX file, for one ran
 wider engine built. Where the library `tensorrt` is not installed, ONNX Runtime's plug-in for TensorRT RTX does the
 same, on the GPUs that it knows (compute capability 8.6, 8.9, and 12.0 or higher).
 
-Inputs and outputs are torch's own tensors, whose memory TensorRT is told, on torch's current stream: so nothing is
-copied and torch's allocator keeps account of all of it. pycuda, where installed, makes torch's context the current one
-in the calling thread, which TensorRT takes for granted; without it torch does, at its next call.
+A network may also come as an engine that somebody has built already. `workers/tensorrtengine.py` runs both kinds.
 """
 
 from __future__ import annotations
@@ -16,16 +14,17 @@ import functools
 import importlib.util
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from storage import settings
-from storage.errors import Misconfigured, one_line
-from workers import onnxcuda, onnxgraph
+from storage.errors import BadInput, Misconfigured, one_line
+from workers import enginemeta, onnxcuda, onnxgraph, tensorrtengine
 from workers.runtimes import Files, Network, NotRunnable, Session
+from workers.tensorrtengine import Engine, Shape
 
 RUNS = {"cuda": ("fp32", "fp16")}
 EXTRA = "onnx,gpu"
@@ -36,8 +35,6 @@ _PLUGIN_KNOWS = ((8, 6), (8, 9))  # compute capabilities below 12.0, tensorrt_rt
 
 _USUAL_BATCH, _MOST_BATCH = 8, 32
 _LEAST_SIDE = 32  # pixels; of an axis that is shorter in the example the least is 1
-
-Shape = tuple[int, ...]
 
 
 def installed() -> bool:
@@ -55,6 +52,7 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
     Raises:
         NotRunnable: it cannot be exported, TensorRT cannot build it, or the engine computes something else.
         Misconfigured: neither TensorRT nor the plug-in is installed, or there is no GPU.
+        BadInput: the network is an engine, which runs in the precision that it was built in.
     """
     if not installed():
         raise Misconfigured(
@@ -65,6 +63,8 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
 
     if not torch.cuda.is_available():
         raise Misconfigured("the runtime tensorrt needs an NVIDIA GPU, and torch sees none; take --runtime torch")
+    if network.engine is not None:
+        return _ready(network.engine, network, device, precision)
     path = onnxgraph.exported(network, files, precision)
     if _native():
         return _Engines(path, network, device, precision, files)
@@ -166,7 +166,7 @@ class _Engines:
     def __call__(self, **inputs: Any) -> dict[str, Any]:
         import torch
 
-        with _context():
+        with tensorrtengine.context():
             placed = {name: inputs[name].to(self._device) for name in self._network.example}
             size = len(next(iter(placed.values())))
             if not self._splits or size <= _MOST_BATCH:
@@ -178,26 +178,30 @@ class _Engines:
         return {name: torch.cat([part[name] for part in parts]) for name in self._network.outputs}
 
     def _run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         if not self._profile.covers(shapes):
             profile = self._profile.widened(shapes)
+            torch.cuda.synchronize()  # the engine that goes may still be computing
             self._engine = self._opened(profile)
             self._profile = profile
         return self._engine(inputs)
 
-    def _opened(self, profile: Profile) -> _Engine:
+    def _opened(self, profile: Profile) -> Engine:
         library = f"tensorrt {version('tensorrt')}"
         gpu = _gpu()
         timing = settings.load().cache_folder / "tensorrt" / f"{library} {gpu}.timing".replace(" ", "-")
         named = about(self._onnx_sha256, profile, self._precision, library, gpu)
         name = f"{self._network.name}-{self._precision}.engine"
-        with _context():
-            return _Engine(self._files.get(named, name, functools.partial(self._build, profile, timing)))
+        with tensorrtengine.context():
+            path = self._files.get(named, name, functools.partial(self._build, profile, timing))
+            return Engine(path.name, path.read_bytes())
 
     def _build(self, profile: Profile, timing: Path, path: Path) -> None:
         """Write an engine that computes what its ONNX file does. Raises NotRunnable."""
         _build(self._path, profile, timing, path)
-        engine = _Engine(path)
+        engine = Engine(self._network.name, path.read_bytes())
 
         def run(**inputs: Any) -> dict[str, Any]:
             return engine({name: tensor.to(self._device) for name, tensor in inputs.items()})
@@ -205,51 +209,33 @@ class _Engines:
         onnxgraph.check(self._path, self._network, run, self._precision)
 
 
-@contextlib.contextmanager
-def _context() -> Iterator[None]:
-    """torch's own CUDA context, made the current one of this thread."""
-    if importlib.util.find_spec("pycuda") is None:
-        yield
-        return
-    import pycuda.driver as cuda
-
-    context = _primary()
-    context.push()
-    try:
-        yield
-    finally:
-        cuda.Context.pop()
-
-
-@functools.cache
-def _primary() -> Any:
-    """The device's primary context, the one that torch computes in; a worker sees one GPU."""
-    import pycuda.driver as cuda
+def _ready(path: Path, network: Network, device: str, precision: str) -> Session:
+    """A session of an engine that somebody has built: batches are cut to what it takes, and filled up to it."""
     import torch
 
-    torch.cuda.current_device()  # torch makes its context
-    cuda.init()
-    return cuda.Device(0).retain_primary_context()
+    if precision != "fp32":
+        raise BadInput(f"{path.name} runs in the precision it was built in; take --precision fp32")
+    if not _native():
+        raise Misconfigured(f"{path.name} needs the library tensorrt: pip install 'imagemill[onnx,gpu]'")
+    with tensorrtengine.context():
+        engine = Engine(path.name, enginemeta.plan(path))
+    (given,) = network.example
+    if list(engine.inputs) != [given] or list(engine.outputs) != list(network.outputs):
+        raise NotRunnable(
+            f"the engine {path.name} has the inputs {', '.join(engine.inputs)} and the outputs "
+            f"{', '.join(engine.outputs)}, but {given} and {', '.join(network.outputs)} were expected"
+        )
 
+    def run(**inputs: Any) -> dict[str, Any]:
+        whole, parts = inputs[given].to(device), []
+        with tensorrtengine.context():
+            for start, end, lacking in tensorrtengine.cut(len(whole), engine.least[given][0], engine.most[given][0]):
+                part = whole[start:end]
+                filled = torch.cat([part, *[part[-1:]] * lacking]) if lacking else part
+                parts.append({name: t[: end - start] for name, t in engine({given: filled}).items()})
+            return {name: torch.cat([part[name] for part in parts]) for name in network.outputs}
 
-def _logger() -> Any:
-    """Keeps what TensorRT says is wrong, for the message of the error that follows."""
-    import tensorrt
-
-    class Logger(tensorrt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            tensorrt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= tensorrt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-
-    return Logger()
-
-
-def _said(logger: Any) -> str:
-    return one_line("; ".join(logger.errors[:3]) or "it gives no reason", 400)
+    return run
 
 
 def _build(onnx: Path, profile: Profile, timing: Path, path: Path) -> None:
@@ -258,8 +244,10 @@ def _build(onnx: Path, profile: Profile, timing: Path, path: Path) -> None:
     The network is strongly typed: an engine computes in the types of the ONNX file, and nothing is rounded unasked.
     """
     import tensorrt
+    import torch
 
-    logger = _logger()
+    torch.cuda.empty_cache()  # a builder that finds no memory leaves the fast kernels out
+    logger = tensorrtengine.logger()
     builder = tensorrt.Builder(logger)
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt.OnnxParser(network, logger)
@@ -275,7 +263,7 @@ def _build(onnx: Path, profile: Profile, timing: Path, path: Path) -> None:
     config.set_timing_cache(config.create_timing_cache(_read(timing)), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise NotRunnable(f"TensorRT cannot build an engine for {profile}: {_said(logger)}")
+        raise NotRunnable(f"TensorRT cannot build an engine for {profile}: {tensorrtengine.said()}")
     path.write_bytes(memoryview(plan))
     _write(timing, memoryview(config.get_timing_cache().serialize()))
 
@@ -297,90 +285,44 @@ def _write(path: Path, data: memoryview) -> None:
         os.replace(temporary, path)
 
 
-class _Engine:
-    """An engine with one execution context; called from one thread."""
-
-    def __init__(self, plan: Path) -> None:
-        import tensorrt
-
-        self._logger = _logger()
-        self._runtime = tensorrt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
-        if self._engine is None:
-            raise NotRunnable(f"TensorRT cannot load the engine {plan.name}: {_said(self._logger)}")
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise MemoryError(f"out of memory: TensorRT cannot make room for {plan.name}: {_said(self._logger)}")
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        given = [n for n in names if self._engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT]
-        self._inputs = {name: _dtype(self._engine.get_tensor_dtype(name)) for name in given}
-        self._outputs = {n: _dtype(self._engine.get_tensor_dtype(n)) for n in names if n not in self._inputs}
-
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors on the device -> tensors on the device, not waited for: torch's stream keeps the order."""
-        import torch
-
-        held = {name: inputs[name].to(dtype).contiguous() for name, dtype in self._inputs.items()}
-        for name, tensor in held.items():
-            self._context.set_input_shape(name, tuple(tensor.shape))
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        outputs = {}
-        for name, dtype in self._outputs.items():
-            shape = tuple(self._context.get_tensor_shape(name))
-            if any(size < 0 for size in shape):
-                raise NotRunnable(f"the size of the output {name} depends on the inputs' numbers, got {shape}")
-            outputs[name] = torch.empty(shape, dtype=dtype, device=next(iter(held.values())).device)
-            self._context.set_tensor_address(name, outputs[name].data_ptr())
-        self._logger.errors.clear()
-        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError(f"TensorRT failed: {_said(self._logger)}")
-        return {name: t.float() if t.is_floating_point() else t for name, t in outputs.items()}
-
-
-def _dtype(kind: Any) -> Any:
-    """torch's type for one of TensorRT."""
-    import tensorrt
-    import torch
-
-    known = {
-        tensorrt.float32: torch.float32,
-        tensorrt.float16: torch.float16,
-        tensorrt.bfloat16: torch.bfloat16,
-        tensorrt.int64: torch.int64,
-        tensorrt.int32: torch.int32,
-        tensorrt.int8: torch.int8,
-        tensorrt.uint8: torch.uint8,
-        tensorrt.bool: torch.bool,
-    }
-    if kind not in known:
-        raise NotRunnable(f"the engine has a tensor of the type {kind}, which torch has not")
-    return known[kind]
-
-
 # ------------------------------------------------------------------------------------------------ the plug-in
 
 
 def _plugin(path: Path, network: Network, device: str) -> Session:
     """A session of ONNX Runtime that runs in TensorRT RTX, compiled for the profile's sizes."""
     import onnxruntime
-    import onnxruntime_ep_nv_tensorrt_rtx as plugin
     import torch
 
     check_capability(torch.cuda.get_device_capability(0))
-    name = plugin.get_ep_name()
-    if not any(found.ep_name == name for found in onnxruntime.get_ep_devices()):
-        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+    name = _registered()
     devices = [found for found in onnxruntime.get_ep_devices() if found.ep_name == name]
     if not devices:
         raise NotRunnable(f"the plug-in {_PLUGIN_PACKAGE} {version(_PLUGIN_PACKAGE)} knows no device here ({_gpu()})")
-    chosen = onnxgraph.options(1)
+    chosen = onnxcuda.options()
     folder = settings.load().cache_folder / "tensorrt" / "rtx"
     chosen.add_provider_for_devices(devices[:1], plugin_options(Profile.of(network), folder))
     try:
         session = onnxruntime.InferenceSession(path, chosen, enable_fallback=0)
     except Exception as error:
         raise NotRunnable(f"TensorRT RTX cannot run {path.name}: {one_line(str(error), 400)}") from error
+    onnxcuda.check_placed(session, name)
     return onnxcuda.Bound(session, device)
+
+
+@functools.cache
+def _registered() -> str:
+    """The name of the plug-in's provider, made known to ONNX Runtime once in a process. Raises NotRunnable."""
+    import onnxruntime
+    import onnxruntime_ep_nv_tensorrt_rtx as plugin
+
+    if not hasattr(onnxruntime, "register_execution_provider_library"):
+        raise NotRunnable(f"the plug-in {_PLUGIN_PACKAGE} needs onnxruntime 1.24, not {onnxruntime.__version__}")
+    name = str(plugin.get_ep_name())
+    try:
+        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+    except Exception as error:
+        raise NotRunnable(f"ONNX Runtime cannot load {_PLUGIN_PACKAGE}: {one_line(str(error), 400)}") from error
+    return name
 
 
 def check_capability(capability: tuple[int, int]) -> None:

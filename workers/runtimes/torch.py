@@ -27,6 +27,8 @@ def open(network: Network, device: str, precision: str) -> Session:
     if precision not in PRECISIONS:
         raise BadInput(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.startswith("cuda"):
+        torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: ten bits where fp32 is asked for
     module = network.build().eval().requires_grad_(False).to(device=device, dtype=dtype)
     module = module.to(memory_format=torch.channels_last)
 

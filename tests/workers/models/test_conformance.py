@@ -25,7 +25,7 @@ import pytest
 import storage.results
 from storage.errors import BadInput
 from storage.results import image
-from workers import models
+from workers import models, runtimes
 from workers.models import Card, Item, Prepared, Site
 
 RUN_ON = "cpu"
@@ -270,6 +270,9 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     name, kind = request.param
     pair = f"{name}/{kind}"
     family = models.family(name)
+    only = getattr(family, "RUNTIME", None)
+    if only and not runtimes.precisions(only, RUN_ON):
+        pytest.skip(f"the runtime {only} alone runs it, which does not run on the {RUN_ON}")
     if name not in WEIGHTS and pair not in WEIGHTS and not hasattr(family, "example_weights"):
         pytest.fail(f"family {name!r} has no entry in WEIGHTS; add one that builds its smallest weights")
     build = WEIGHTS.get(pair) or WEIGHTS.get(name) or getattr(family, "example_weights", None)
