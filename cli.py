@@ -118,7 +118,7 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--out", help="Also export the results to this folder or s3:// prefix, in the kind's own format."),
         click.option("--name", default="", help="A name for the job, for people."),
         click.option("--priority", type=int, default=0, show_default=True, help="Higher runs first."),
-        click.option("--shard-size", type=int, help="Items in a shard; default 256, for images that are made 64."),
+        click.option("--shard-size", type=int, help="Items in a shard; default 256, for images that are drawn 64."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu."),
         click.option("--batch", type=int, help="Items in one forward pass; default 8 on a CPU, 32 on a GPU."),
         click.option("--precision", default="fp32", show_default=True, help="fp32, bf16 or fp16."),

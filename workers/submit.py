@@ -41,9 +41,7 @@ def resolve(
     Args:
         on_download: called with (model name, bytes so far, bytes in all) while weights are fetched.
     """
-    if shard_size is None:  # images that are made stay in memory until their shard is committed
-        shard_size = 64 if kind == "image" else 256
-    if not 1 <= shard_size <= MAX_SHARD_ITEMS:
+    if shard_size is not None and not 1 <= shard_size <= MAX_SHARD_ITEMS:
         raise BadInput(f"--shard-size must be from 1 to {MAX_SHARD_ITEMS}, but got {shard_size}")
     if batch is not None and batch < 1:
         raise BadInput(f"--batch must be at least 1, but got {batch}")
@@ -76,7 +74,7 @@ def resolve(
         runtime=runtime,
         precision=precision,
         batch=batch or _BATCH[queue.split("-")[0]],
-        shard_size=shard_size,
+        shard_size=shard_size or card.shard_size,
         queue=queue,
     )
 

@@ -18,6 +18,7 @@ from storage import shardfile
 from storage.errors import Conflict, ImagemillError, ItemFailed, Unavailable
 from workers import batches, careful, faults
 from workers.batches import Buckets
+from workers.blobs import Kept
 from workers.inhand import Ready, Run, attempt_prefix
 from workers.models import Prepared
 
@@ -40,6 +41,8 @@ class Ticket:
         # of slow pictures is then given back with what is done of it, and gone on with under the next ticket.
         self.until_in_hand = self.until + stream.settings.stall_seconds / 2
         self.ready: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()
+        self.kept: queue.SimpleQueue[tuple[Ready, Kept]] = queue.SimpleQueue()
+        self._keeping = 0  # files under way to the store
         self.buckets: Buckets[Ready] = Buckets()
         self.runs: dict[int, Run] = {}  # by shard id; those with items still under way
         self.finishing: list[Any] = []
@@ -73,7 +76,9 @@ class Ticket:
 
     def _loop(self) -> None:
         waited_since: float | None = None
-        while not (self._fed_all.is_set() and self._underway == 0 and not self.buckets and self.ready.empty()):
+        while not (
+            self._fed_all.is_set() and self._underway == self._keeping == 0 and not self.buckets and self.ready.empty()
+        ):
             self.me.work.busy = bool(self.runs) or not self._fed_all.is_set()
             try:
                 arrived = self.ready.get(timeout=0.02)
@@ -88,6 +93,7 @@ class Ticket:
                 waited_since = None
                 if arrived is not None:
                     self._arrived(arrived)
+            self._record_kept()
             self._work_carefully()
             self._obey()
 
@@ -152,6 +158,8 @@ class Ticket:
             in_use = {run.loaded.key for run in list(self.runs.values())}
             loaded = self.stream.models.get(claim.spec, lambda: in_use)
             rows = shardfile.read_manifest(self.stream.store, claim.manifest_key)
+            run = Run(claim, loaded, rows, attempt_prefix(claim))
+            self._take_over(run)
         except Unavailable as error:
             log.warning("shard %d is given back: %s", claim.shard_id, error)
             leases.release(self.stream.db, claim, self.me.id, claim.checkpoint)
@@ -163,20 +171,19 @@ class Ticket:
         count, key = self._same_model
         self._same_model = (count + 1 if key == loaded.key else 1, loaded.key)
         self.me.work.model = claim.spec.model
-        run = Run(claim, loaded, rows, attempt_prefix(claim))
-        self._take_over(run)
         return run
 
     def _take_over(self, run: Run) -> None:
-        """Keep what an earlier attempt had done before it gave the shard back."""
+        """Keep what an earlier attempt had done before it gave the shard back. Raises Unavailable for its files."""
         key = run.claim.checkpoint.get("partial")
         if not key:
             return
         try:
-            done, _ = shardfile.read(self.stream.store, key, run.claim.checkpoint.get("sha256"), blobs=True)
+            done, _ = shardfile.read(self.stream.store, key, run.claim.checkpoint.get("sha256"))
         except ImagemillError as error:
             log.warning("shard %d starts from its beginning: %s", run.claim.shard_id, error)
             return
+        done = self.stream.blobs.take_over(run, key, done, self._must_stop, self.me.work.moved)
         run.outcomes = {outcome.position: outcome for outcome in done}
         fetched = (outcome.uri for outcome in done if outcome.failure is None)
         self.stream.readable = self.stream.readable or next(fetched, "")
@@ -279,9 +286,42 @@ class Ticket:
         self._slots.release()
 
     def _deliver(self, items: Sequence[Ready], answers: Sequence[Any]) -> None:
+        recorded = []
         for item, answer in zip(items, answers, strict=True):
-            self._free(item)
-            item.run.outcomes[item.position] = self.stream.outcome(item.run, item.position, item.size, answer)
+            if shardfile.has_blob(answer):
+                self._keep(item, answer)
+            else:
+                self._record(item, answer)
+                recorded.append(item)
+        self._progressed(recorded)
+
+    def _keep(self, item: Ready, result: Any) -> None:
+        """Have a result's file put; its item stays under way until that is done."""
+        self._keeping += 1
+        item.run.keeping += 1
+        self.stream.blobs.put(item.run, result, self._must_stop, lambda kept: self.kept.put((item, kept)))
+
+    def _record_kept(self) -> None:
+        """Record the items whose files have been put meanwhile; a shard with one that cannot be put is given back."""
+        items = []
+        while not self.kept.empty():
+            item, kept = self.kept.get()
+            items.append(item)
+            self._keeping -= 1
+            item.run.keeping -= 1
+            if kept.result is not None:
+                self._record(item, kept.result)
+            else:
+                self._free(item)
+                item.run.dropped, item.run.broken = True, item.run.broken or kept.broken
+        if items:
+            self._progressed(items)
+
+    def _record(self, item: Ready, answer: Any) -> None:
+        self._free(item)
+        item.run.outcomes[item.position] = self.stream.outcome(item.run, item.position, item.size, answer)
+
+    def _progressed(self, items: Sequence[Ready]) -> None:
         self.me.work.moved(len(items))
         for run in {id(item.run): item.run for item in items}.values():
             self.me.work.progress = {**self.me.work.progress, run.claim.shard_id: len(run.outcomes)}
@@ -302,7 +342,7 @@ class Ticket:
         winding_up = self._winding_up()
         for shard_id, run in list(self.runs.items()):
             run.dropped = run.dropped or winding_up or run.claim.job_id in self.me.orders.dropped
-            if run.dropped:
+            if run.dropped and not run.keeping:
                 del self.runs[shard_id]
                 self.more = True
                 self.finishing.append(self.stream._writers.submit(self.stream.give_back, run))

@@ -7,8 +7,8 @@ A kind's file defines
     columns(results)          list[Result | None] -> dict of arrow arrays, same length and order; None is a failed item
     results(table)            the inverse: pa.Table -> list[Result | None]
     summary(result)           -> Summary, what the SQL index keeps of it
-    with_data(result, data)   only of a kind whose results are files: the result with its bytes, which storage.shardfile
-                              keeps as a blob beside the object
+
+Results that are files have the fields of storage.shardfile.HasBlob besides, and their bytes lie in blobs.
 """
 
 from __future__ import annotations

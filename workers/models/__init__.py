@@ -45,6 +45,8 @@ class Card:
         sha256: of the weights, "" until resolved.
         memory_gb: device memory it needs with a batch of one.
         licence: SPDX name.
+        shard_size: items in a shard where the user does not say; fewer for a model that takes seconds for each, since a
+            shard is what workers share out and what a crash costs.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Card:
     sha256: str = ""
     memory_gb: float = 1.0
     licence: str = ""
+    shard_size: int = 256
 
 
 @dataclass(frozen=True, slots=True)
