@@ -238,6 +238,8 @@ def generate(source: str, prompt: str | None, images: int, **options: Any) -> in
     """Draw images. SOURCE is a file of prompts (txt, csv, jsonl, parquet), or with --prompt a dataset of images."""
     from workers import submit
 
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty: say what to draw over the images, or give a file of prompts")
     names = ("negative_prompt", "steps", "guidance", "width", "height", "scheduler", "seed", "strength")
     params = _params(options, *names)
     if prompt is None:

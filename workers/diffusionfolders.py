@@ -122,8 +122,8 @@ def load(folder: Path, wanted: Wanted, dtype: Any) -> dict[str, Any]:
     modes, more = ["redraw"], {}
     control = _control_folder(folder, wanted)
     if control is not None:
+        check_controlnet(folder, control)
         network = diffusers.ControlNetModel.from_pretrained(control, variant=_variant(control), **safe)
-        _check_fits(network, pipeline.unet)
         modes, more = ["control", "control-redraw"], {"controlnet": network}
     found = {"draw": pipeline} | {mode: classes[mode].from_pipe(pipeline, dtype=dtype, **more) for mode in modes}
     for each in found.values():
@@ -151,13 +151,14 @@ def _control_folder(folder: Path, wanted: Wanted) -> Path | None:
     return Path(wanted.controlnet)
 
 
-def _check_fits(network: Any, unet: Any) -> None:
-    """The two meet at every level of the U-Net. Raises BadInput for a ControlNet of another generation."""
+def check_controlnet(folder: Path, control: Path) -> None:
+    """A ControlNet and its model meet at every level of the U-Net. Raises BadInput for one of another generation."""
+    own, its = _json(folder / "unet" / "config.json"), _json(control / "config.json")
     for name in ("cross_attention_dim", "block_out_channels", "addition_embed_type"):
-        own, its = (getattr(config, name, None) for config in (unet.config, network.config))
-        if own != its:
+        if own.get(name) != its.get(name):
             raise BadInput(
-                f"the ControlNet is for another model: its {name} is {its}, the model's {own}; take one for it"
+                f"the ControlNet in {str(control)!r} is for another model: its {name} is {its.get(name)}, that of "
+                f"{folder.name!r} is {own.get(name)}"
             )
 
 

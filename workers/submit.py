@@ -10,7 +10,7 @@ from typing import Any
 from jobs import progress, sources
 from jobs.spec import JobSpec
 from storage.database import Database
-from storage.errors import BadInput
+from storage.errors import BadInput, Misconfigured
 from storage.objects import Store
 from storage.settings import Settings
 from storage.tables import MAX_SHARD_ITEMS
@@ -51,11 +51,15 @@ def resolve(
     uri = sources.canonical(dataset)
 
     def fetch(card: Card) -> Path:
+        _check_libraries(settings, card)
         report = lambda done, total: on_download(card.name, done, total)  # noqa: E731
         return weights.download(card.weights, settings.cache_folder, card.sha256, report)
 
     resolved = models.resolve(model, kind, params, fetch)
     card = resolved.card
+    _check_libraries(settings, card)
+    if card.needs_image and uri.startswith("prompts:"):
+        raise BadInput(f"model {card.name!r} works on images, and {dataset!r} is a list of prompts; give it images")
     queue = _queue(db, settings, device, card)
     runtimes.check(runtime, "cpu" if queue == "cpu" else "cuda", precision)
     sha256 = key = ""
@@ -77,6 +81,12 @@ def resolve(
         shard_size=shard_size or card.shard_size,
         queue=queue,
     )
+
+
+def _check_libraries(settings: Settings, card: Card) -> None:
+    """A machine that computes its own jobs must be able to. Raises Misconfigured, naming the extra that is missing."""
+    for library in models.missing(card.family) if settings.embedded else ():
+        raise Misconfigured(models.lacking(card.family, library))
 
 
 def results_of(db: Database, job: str, source: str, shown: str, label: str, min_score: float) -> str:

@@ -52,7 +52,15 @@ _ENCODERS = 4  # threads that turn a batch's pixels into files
 
 def _card(name: str, repository: str, memory_gb: float, licence: str) -> Card:
     return Card(
-        name, "diffusion", "image", Params, f"hf:{repository}", memory_gb=memory_gb, licence=licence, shard_size=64
+        name,
+        "diffusion",
+        "image",
+        Params,
+        f"hf:{repository}",
+        memory_gb=memory_gb,
+        licence=licence,
+        shard_size=64,
+        needs_image=False,
     )
 
 
@@ -65,6 +73,12 @@ CARDS: tuple[Card, ...] = (
     _card("sd-turbo", "stabilityai/sd-turbo", 5.0, "LicenseRef-Stability-AI-Community"),
     _card("sdxl-turbo", "stabilityai/sdxl-turbo", 12.0, "LicenseRef-Stability-AI-Community"),
 )
+
+
+def check(card: Card, params: Params, weights: Path | None) -> None:
+    """Raises BadInput for a ControlNet of another model."""
+    if params.controlnet and weights is not None:
+        diffusionfolders.check_controlnet(weights, Path(params.controlnet))
 
 
 def load(card: Card, params: Params, weights: Path, site: Site) -> Painter:

@@ -10,6 +10,7 @@ pictures. What is random has a generator for each item, seeded from the job's se
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,12 @@ def claims(path: Path) -> bool:
 def describe(path: Path) -> tuple[str, ...]:
     """No labels."""
     return ()
+
+
+def check(card: Card, params: File, weights: Path | None) -> None:
+    """Raises BadInput for an albumentations pipeline that cannot be built, where albumentations is installed."""
+    if isinstance(params, Augment) and importlib.util.find_spec("albumentations"):
+        Augmenter(params.pipeline, params.min_visibility)
 
 
 def load(card: Card, params: File, weights: Path | None, site: Site) -> Transformer:

@@ -211,7 +211,7 @@ def test_folders_saved_by_the_other_pipelines(either: Path, folder: Path, tmp_pa
 
 
 def test_a_controlnet_of_another_model_is_refused(sd: Path, xl: Path, controlnet: Path) -> None:
-    with pytest.raises(BadInput, match=r"for another model: its cross_attention_dim is 32, the model's 64"):
+    with pytest.raises(BadInput, match=r"for another model: its cross_attention_dim is 32, that of 'xl' is 64"):
         painter(xl, controlnet=str(controlnet))
     with pytest.raises(BadInput, match=r"holds a UNet2DConditionModel, expected a ControlNetModel"):
         models.fill(diffusion.CARDS[0], {"controlnet": str(sd / "unet")})
