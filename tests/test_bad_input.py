@@ -644,6 +644,7 @@ def test_an_extra_that_is_missing_is_named(forker: Forker, others: Path, tmp_pat
     assert "diffusers" not in done.stderr
 
 
+@pytest.mark.slow
 def test_prompts_that_cannot_be_are_rows(home: Path, files: Path, tmp_path: Path) -> None:
     """Outside the picture, turned over, for an image that is not there; and weights that give NaN. No shard sticks."""
     import torch
