@@ -118,7 +118,7 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--out", help="Also export the results to this folder or s3:// prefix, in the kind's own format."),
         click.option("--name", default="", help="A name for the job, for people."),
         click.option("--priority", type=int, default=0, show_default=True, help="Higher runs first."),
-        click.option("--shard-size", type=int, help="Items in a shard; default 256, for images that are made 64."),
+        click.option("--shard-size", type=int, help="Items in a shard; default 256, for images that are drawn 64."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu."),
         click.option("--batch", type=int, help="Items in one forward pass; measured, or 8 on a CPU and 32 on a GPU."),
         click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16."),
@@ -241,6 +241,8 @@ def generate(source: str, prompt: str | None, images: int, **options: Any) -> in
     """Draw images. SOURCE is a file of prompts (txt, csv, jsonl, parquet), or with --prompt a dataset of images."""
     from workers import submit
 
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty: say what to draw over the images, or give a file of prompts")
     names = ("negative_prompt", "steps", "guidance", "width", "height", "scheduler", "seed", "strength")
     params = _params(options, *names)
     if prompt is None:

@@ -15,7 +15,7 @@ from benchmarks import common
 from benchmarks.common import Figures, LeftOut
 
 PROGRAM = Path(sys.executable).parent / "imagemill"
-COMMANDS = {"detections": "annotate", "embedding": "embed"}
+COMMANDS = {"detections": "annotate", "embedding": "embed", "image": "transform"}
 _START_S = 60
 
 

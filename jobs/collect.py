@@ -1,6 +1,6 @@
 """Takes away what nobody needs: objects of attempts that never committed, broken-off uploads, rows of pruned images.
 
-Never an object that a row refers to or a blob beside it, never one young enough to belong to an attempt that still
+Never an object that a row refers to or a blob of its attempt, never one young enough to belong to an attempt that still
 runs, never one of a job that this database does not know (two databases may share a bucket).
 """
 
@@ -65,11 +65,9 @@ def _collect_objects(db: Database, store: Store, job_id: int, before: float, rep
     old = [stat for stat in store.list(f"jobs/{job_id}/") if stat.modified < before]
     if not old:
         return
-    kept, folders, busy = _referred(db, job_id)
+    kept, blobs, busy = _referred(db, job_id)
     orphans = [
-        stat
-        for stat in old
-        if stat.key not in kept and shardfile.folder_of(stat.key) not in folders and not _may_run(stat, busy)
+        stat for stat in old if stat.key not in kept and _folder(stat.key) not in blobs and not _may_run(stat, busy)
     ]
     report.objects += len(orphans)
     report.bytes += sum(stat.size for stat in orphans)
@@ -78,7 +76,7 @@ def _collect_objects(db: Database, store: Store, job_id: int, before: float, rep
 
 
 def _referred(db: Database, job_id: int) -> tuple[set[str], set[str], set[str]]:
-    """(manifests, folders of objects and blobs that rows refer to, prefixes of attempts that hold a lease now)."""
+    """(manifests and objects, folders of their blobs, prefixes of attempts that hold a lease now)."""
     columns = (
         shard.c.number,
         shard.c.fence,
@@ -88,15 +86,21 @@ def _referred(db: Database, job_id: int) -> tuple[set[str], set[str], set[str]]:
         shard.c.checkpoint,
     )
     kept: set[str] = set()
-    folders: set[str] = set()
+    blobs: set[str] = set()
     busy: set[str] = set()
     for row in db.query(sa.select(*columns).where(shard.c.job_id == job_id)):
         kept.add(row.manifest_key)
-        objects = (row.result_key, (row.checkpoint or {}).get("partial"))
-        folders |= {shardfile.folder_of(key) for key in objects if key is not None}
+        for key in (row.result_key, (row.checkpoint or {}).get("partial")):
+            if key is not None:
+                kept.add(key)
+                blobs |= shardfile.blob_folders(key)
         if row.state == states.LEASED:
             busy.add(f"jobs/{job_id}/{row.number:07d}/a{row.fence}-")
-    return kept, folders, busy
+    return kept, blobs, busy
+
+
+def _folder(key: str) -> str:
+    return f"{key.rpartition('/')[0]}/"
 
 
 def _may_run(stat: Stat, busy: set[str]) -> bool:

@@ -3,12 +3,15 @@
 A manifest says what is to be done: key, uri, fingerprint, data, in the order of positions. A result object says what
 came of it: one row an item, a result or a failure, with the provenance of all of them in the object's metadata.
 
-A result that is a file, such as an image that was made, leaves its bytes as a blob beside the object:
+A result that is a file, such as an image that was made, leaves its bytes as a blob. It is put as soon as it is made,
+under the prefix of the attempt that made it, or at the latest with the object, beside it:
 
-    <attempt's prefix>items.parquet
     <attempt's prefix>blobs/<sha256[:32]>.<format>
+    <attempt's prefix><this try's>/items.parquet
+    <attempt's prefix><this try's>/blobs/<sha256[:32]>.<format>
 
-A kind of such results defines with_data(result, data) -> result, and its results are `HasBlob`.
+The name follows from the bytes, so that two tries of one attempt cannot put different bytes under one key. Results of
+such a kind are `HasBlob`.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +36,7 @@ _METADATA_KEY = b"imagemill"
 _OBJECT = "items.parquet"
 _BLOBS = "blobs/"
 _THREADS = 8  # blobs under way at once
+_AHEAD_BYTES = 32_000_000  # of blobs that are read before they are asked for
 
 MANIFEST_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("key", "uri", "fingerprint", "data")])
 
@@ -87,12 +92,13 @@ class Outcome:
 
 
 class HasBlob(Protocol):
-    """A result whose bytes lie beside the Parquet object.
+    """A result whose bytes are a blob: a frozen dataclass with these fields.
 
     Attributes:
-        data: the bytes, or None when they have not been read.
+        data: the bytes, or None when they have been put, or have not been read.
         sha256: of the bytes, in hex.
-        blob_name: "blobs/..." relative to the object's folder; follows from the bytes.
+        nbytes: how many they are.
+        blob: the blob's key in the store, once it has been put; before that "blobs/..." beside the object to be.
     """
 
     @property
@@ -100,7 +106,9 @@ class HasBlob(Protocol):
     @property
     def sha256(self) -> str: ...
     @property
-    def blob_name(self) -> str: ...
+    def nbytes(self) -> int: ...
+    @property
+    def blob(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,49 +136,108 @@ def read_manifest(store: Store, key: str) -> list[ManifestRow]:
     return [ManifestRow(*row) for row in zip(*columns, strict=True)]
 
 
-def write(store: Store, prefix: str, kind: str, outcomes: Sequence[Outcome], provenance: Mapping[str, Any]) -> Written:
-    """Put a shard's outcomes as one object under an attempt's own prefix, and before it the blobs it names.
+def write(
+    store: Store, prefix: str, kind: str, outcomes: Sequence[Outcome], provenance: Mapping[str, Any], attempt: str = ""
+) -> Written:
+    """Put a shard's outcomes as one object, and before it the blobs that have not been put yet.
 
     Args:
-        prefix: of this attempt alone, so that no two attempts ever write the same key.
+        prefix: of this try of this attempt alone, so that no two ever write the same object.
         provenance: recipe, model, weights' sha256, runtime, precision, code version and the like; JSON values.
+        attempt: the attempt's own prefix, under which `put_blob` has put the blobs of results without their bytes.
+
+    Raises:
+        ValueError: a result has no bytes, and its blob belongs to no such attempt, so that it may go away.
     """
-    table = to_table(kind, outcomes, provenance)
-    data = _to_bytes(table)
     key = f"{prefix}{_OBJECT}"
-    _put_blobs(store, key, outcomes)
+    table = to_table(kind, outcomes, provenance)
+    _put_blobs(store, key, outcomes, attempt)
+    data = _to_bytes(table)
     store.put(key, data)
     return Written(key, hashlib.sha256(data).hexdigest(), len(data))
 
 
-def read(
-    store: Store, key: str, sha256: str | None = None, *, blobs: bool = False
-) -> tuple[list[Outcome], dict[str, Any]]:
-    """A shard's outcomes and their provenance.
-
-    Args:
-        blobs: read the bytes of results that are files too, all of the shard's into memory.
+def read(store: Store, key: str, sha256: str | None = None) -> tuple[list[Outcome], dict[str, Any]]:
+    """A shard's outcomes and their provenance. Results that are files come without their bytes, see `filled`.
 
     Raises:
-        NotFound: there is no such object, or with `blobs` one of its blobs is missing.
+        NotFound: there is no such object.
         Unavailable: its bytes are not those that were written (their sha256 differs), or no Parquet.
     """
     data = store.get(key)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise Unavailable(f"object {key!r} is not what was written: its sha256 differs from the index")
-    outcomes, provenance = from_table(_from_bytes(data, key))
-    fill = _fill(provenance["kind"])
-    return (_filled(store, key, outcomes, fill) if blobs and fill is not None else outcomes), provenance
+    return from_table(_from_bytes(data, key))
+
+
+# ------------------------------------------------------------------------------------------------ blobs
+
+
+def has_blob(result: Any) -> bool:
+    """Whether a result is a file, so that its bytes lie in a blob."""
+    return hasattr(result, "blob")
 
 
 def blob_key(object_key: str, result: HasBlob) -> str:
     """The key of a result's blob, in the store of its Parquet object."""
-    return folder_of(object_key) + result.blob_name
+    beside = result.blob.startswith(_BLOBS)
+    return f"{object_key.rpartition('/')[0]}/{result.blob}" if beside else result.blob
 
 
-def folder_of(key: str) -> str:
-    """What a Parquet object and its blobs have in common: their folder, with a closing slash."""
-    return f"{key.rpartition('/')[0]}/".removesuffix(_BLOBS)
+def blob_folders(object_key: str) -> set[str]:
+    """Where the blobs of an object may lie: beside it, and in the folder of its attempt, which is the one above."""
+    folder = object_key.rpartition("/")[0]
+    return {f"{folder}/{_BLOBS}", f"{folder.rpartition('/')[0]}/{_BLOBS}"}
+
+
+def put_blob(store: Store, attempt: str, result: Any) -> Any:
+    """Put a result's bytes under an attempt's own prefix; returns the result without them, naming the blob."""
+    name = result.blob.rpartition("/")[2]
+    kept = replace(result, data=None, blob=f"{attempt}{_BLOBS}{name}")
+    store.put(kept.blob, result.data)
+    return kept
+
+
+def get_blob(store: Store, object_key: str, result: Any) -> Any:
+    """A result of an object, with its bytes.
+
+    Raises:
+        NotFound: the blob is not there.
+        Unavailable: it is not what was written, or the store does not answer.
+    """
+    name = blob_key(object_key, result)
+    data = store.get(name)
+    if hashlib.sha256(data).hexdigest() != result.sha256:
+        raise Unavailable(f"blob {name!r} is not what was written: its sha256 differs from that in {object_key!r}")
+    return replace(result, data=data)
+
+
+def filled(store: Store, key: str, outcomes: Sequence[Outcome]) -> Iterator[Outcome]:
+    """Outcomes of an object, those whose results are files with their bytes; some are read ahead, never all of them.
+
+    Raises what `get_blob` does.
+    """
+
+    def load(outcome: Outcome) -> Outcome:
+        return replace(outcome, result=get_blob(store, key, outcome.result)) if has_blob(outcome.result) else outcome
+
+    waiting: deque[tuple[int, Future[Outcome]]] = deque()
+    ahead = 0
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for outcome in outcomes:
+                nbytes = outcome.result.nbytes if has_blob(outcome.result) else 0  # type: ignore[union-attr]
+                while waiting and (ahead + nbytes > _AHEAD_BYTES or len(waiting) > 2 * _THREADS):
+                    size, first = waiting.popleft()
+                    ahead -= size
+                    yield first.result()
+                waiting.append((nbytes, pool.submit(load, outcome)))
+                ahead += nbytes
+            while waiting:
+                yield waiting.popleft()[1].result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 def damaged_blobs(store: Store, key: str, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
@@ -179,9 +246,9 @@ def damaged_blobs(store: Store, key: str, outcomes: Sequence[Outcome]) -> list[t
     Args:
         key: of the Parquet object that `outcomes` were read from.
     """
-    found = {blob_key(key, result): result for result in _with_blobs(outcomes)}
+    found = {blob_key(key, o.result): o.result.sha256 for o in outcomes if has_blob(o.result)}  # type: ignore[union-attr,arg-type]
     with ThreadPoolExecutor(_THREADS) as pool:
-        states = pool.map(lambda name: _state(store, name, found[name].sha256), found)
+        states = pool.map(lambda name: _state(store, name, found[name]), found)
         return [(name, state) for name, state in zip(found, states, strict=True) if state]
 
 
@@ -193,38 +260,21 @@ def _state(store: Store, key: str, sha256: str) -> str:
     return "" if hashlib.sha256(data).hexdigest() == sha256 else "changed"
 
 
-def _fill(kind: str) -> Callable[[Any, bytes], Any] | None:
-    """What puts the bytes into a result of the kind, or None for a kind without blobs."""
-    return getattr(results.get(kind), "with_data", None)
-
-
-def _with_blobs(outcomes: Sequence[Outcome]) -> list[HasBlob]:
-    return [o.result for o in outcomes if hasattr(o.result, "blob_name")]  # type: ignore[misc]
-
-
-def _put_blobs(store: Store, key: str, outcomes: Sequence[Outcome]) -> None:
-    """Put the blobs of an object, several at once. They are in memory as part of the results already."""
-    found = {blob_key(key, result): result.data for result in _with_blobs(outcomes)}
-    for name, data in found.items():
-        if data is None:
-            raise ValueError(f"expected the bytes of {name!r}, but the result came without them; read it with blobs")
+def _put_blobs(store: Store, key: str, outcomes: Sequence[Outcome], attempt: str) -> None:
+    """Put the blobs that are still in memory, several at once, and see that the others are this attempt's."""
+    waiting: dict[str, bytes] = {}
+    for result in (o.result for o in outcomes if has_blob(o.result)):
+        name = blob_key(key, result)  # type: ignore[arg-type]
+        if result.data is not None:  # type: ignore[union-attr]
+            waiting[name] = result.data  # type: ignore[union-attr]
+        elif not attempt or not name.startswith(f"{attempt}{_BLOBS}"):
+            raise ValueError(f"expected the bytes of {name!r}, or a blob of this attempt; read it with get_blob")
     with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in pool.map(lambda name: store.put(name, found[name]), found):  # type: ignore[arg-type]
+        for _ in pool.map(lambda name: store.put(name, waiting[name]), waiting):
             pass
 
 
-def _filled(store: Store, key: str, outcomes: Sequence[Outcome], fill: Callable[[Any, bytes], Any]) -> list[Outcome]:
-    def load(outcome: Outcome) -> Outcome:
-        if outcome.result is None:
-            return outcome
-        name = blob_key(key, outcome.result)
-        data = store.get(name)
-        if hashlib.sha256(data).hexdigest() != outcome.result.sha256:
-            raise Unavailable(f"blob {name!r} is not what was written: its sha256 differs from that in {key!r}")
-        return replace(outcome, result=fill(outcome.result, data))
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(load, outcomes))
+# ------------------------------------------------------------------------------------------------ columns
 
 
 def to_table(kind: str, outcomes: Sequence[Outcome], provenance: Mapping[str, Any]) -> pa.Table:

@@ -109,6 +109,7 @@ def _check_shard(store: Store, listed: set[str], shard: Any, items: list[Any]) -
     same = (hashlib.sha256(data).hexdigest(), len(data)) == (shard.result_sha256, shard.result_bytes)
     assert same, f"object {shard.result_key} is not what was committed"
     table = pq.read_table(io.BytesIO(data)).to_pylist()
+    _check_blobs(store, listed, shard, table)
     manifest = pq.read_table(io.BytesIO(store.get(shard.manifest_key))).to_pylist()
     assert (
         [r["position"] for r in table]
@@ -121,6 +122,17 @@ def _check_shard(store: Store, listed: set[str], shard: Any, items: list[Any]) -
     assert {i.fence for i in items} == {shard.fence}, "all rows of a shard carry the committed fence"
     assert shard.results + shard.failures == shard.size
     assert shard.results == sum(bool(i.ok) for i in items)
+
+
+def _check_blobs(store: Store, listed: set[str], shard: Any, table: list[dict[str, Any]]) -> None:
+    """Every file that a committed shard names is there, is what was written, and is its own attempt's."""
+    attempt = shard.result_key.split("/")[:4]
+    for row in (row for row in table if row.get("blob")):
+        beside = row["blob"].startswith("blobs/")
+        key = f"{shard.result_key.rpartition('/')[0]}/{row['blob']}" if beside else row["blob"]
+        assert key.split("/")[:4] == attempt, f"file {key} of shard {shard.id} is another attempt's"
+        assert key in listed, f"file {key} of shard {shard.id} is missing"
+        assert hashlib.sha256(store.get(key)).hexdigest() == row["sha256"], f"file {key} is not what was made"
 
 
 def _check_once(items: list[Any]) -> None:
@@ -138,7 +150,7 @@ def _check_labels(database_url: str, store: Store, shards: list[Any]) -> None:
         if shard.result_key is None:
             continue
         for row in pq.read_table(io.BytesIO(store.get(shard.result_key))).to_pylist():
-            for label in row["labels"] or []:
+            for label in row.get("labels") or []:
                 expected[((shard.id << _POSITION_BITS) | row["position"], label)] += 1
     assert found == dict(expected)
 

@@ -539,3 +539,145 @@ def test_a_checkpoint_of_another_task(forker: Forker, files: Path, tmp_path: Pat
     )
     refused(answer, 2, "half.pt")
     no_jobs(tmp_path / "home")
+
+
+# ------------------------------------------------------------------------------------------------ the other kinds
+
+
+@pytest.fixture(scope="module")
+def others(files: Path) -> Path:
+    """Weights that only look like some, prompts and pipelines, beside the pictures: enough to be refused."""
+    sd, dinov2 = files / "sd", files / "dinov2"
+    for part in ("unet", "vae", "text_encoder"):
+        (sd / part).mkdir(parents=True)
+        (sd / part / "model.safetensors").touch()
+    (sd / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (sd / "unet" / "config.json").write_text('{"cross_attention_dim": 768}')
+    for name, config in {
+        "net": {"_class_name": "ControlNetModel", "cross_attention_dim": 2048},
+        "no-net": {"_class_name": "UNet2DConditionModel"},
+        "dinov2": {"model_type": "dinov2", "patch_size": 14},
+    }.items():
+        (files / name).mkdir()
+        (files / name / "config.json").write_text(json.dumps(config))
+    (dinov2 / "model.safetensors").touch()
+    (files / "prompts.txt").write_text("a cat\n")
+    (files / "empty.txt").write_text("\n\n")
+    (files / "empty.jsonl").touch()
+    steps = {"HorizontalFlipp": {}, "GaussNoise": {"std_range": "big"}}
+    for name, values in steps.items():
+        step = {"__class_fullname__": name, "p": 1.0, **values}
+        whole = {"transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": [step]}}
+        (files / f"{name}.json").write_text(json.dumps(whole))
+    (files / "broken.json").write_text('{"transform": ')
+    return files
+
+
+DRAW = ("generate", "FILES/prompts.txt", "--model", "FILES/sd")
+ALTER = ("transform", "FILES/images", "--model")
+AUGMENT = (*ALTER, "albumentations", "--param")
+OTHER_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "misspelt model": ((*ALTER, "sobbel"), ("did you mean 'sobel'?",)),
+    "weights of another family": (("mask", "FILES/images", "--model", "FILES/dinov2"), ("family dinov2", "embed")),
+    "a transformation of prompts": ((*DRAW[:3], "sobel"), ("'sobel' works on images", "list of prompts")),
+    "a word for a number": ((*ALTER, "resize", "--param", "width=wide"), ("width must be a whole number", "'wide'")),
+    "a list for a word": ((*ALTER, "resize", "--param", "fit=[1]"), ("fit must be one of inside", "[1]")),
+    "an even kernel": ((*ALTER, "sobel", "--param", "ksize=4"), ("ksize must be odd",)),
+    "no prompt in the file": (("generate", "FILES/empty.txt", *DRAW[2:]), ("holds no prompt", "one a line")),
+    "no prompt in the word": (
+        ("generate", "FILES/images", *DRAW[2:], "--prompt", " "),
+        ("--prompt is empty", "what to draw"),
+    ),
+    "no prompts for masks": (
+        ("mask", "FILES/images", "--model", "sam_vit_b", "--prompts", "FILES/gone.jsonl"),
+        ("does not exist",),
+    ),
+    "a size that is no multiple": ((*DRAW, "--width", "65", "--height", "64"), ("width must be a multiple of 8",)),
+    "a size the patches do not fill": (
+        ("embed", "FILES/images", "--model", "FILES/dinov2", "--imgsz", "57"),
+        ("imgsz must be a multiple of the patch of 14 pixels", "try 56"),
+    ),
+    "labels without a head": (("classify", "FILES/images", "--model", "FILES/dinov2"), ("no linear head", "embed")),
+    "a ControlNet of another model": (
+        (*DRAW, "--param", "controlnet=FILES/net"),
+        ("is for another model", "cross_attention_dim is 2048", "768"),
+    ),
+    "a ControlNet that is none": ((*DRAW, "--param", "controlnet=FILES/no-net"), ("holds a UNet2DConditionModel",)),
+    "a misspelt scheduler": ((*DRAW, "--scheduler", "Eulr"), ("did you mean 'EulerDiscrete'?",)),
+    "a broken pipeline of albumentations": ((*AUGMENT, "pipeline=FILES/broken.json"), ("pipeline is not JSON",)),
+    "a misspelt preset": ((*AUGMENT, "pipeline=ligth"), ("did you mean 'light'?",)),
+    "a misspelt augmentation": (
+        (*AUGMENT, "pipeline=FILES/HorizontalFlipp.json"),
+        ("has no transform 'HorizontalFlipp'", "check its name"),
+    ),
+    "an augmentation's wrong value": ((*AUGMENT, "pipeline=FILES/GaussNoise.json"), ("cannot build", "std_range")),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_wrong_request_of_another_kind_leaves_nothing(
+    forker: Forker, others: Path, tmp_path: Path, name: str
+) -> None:
+    command, words = OTHER_KINDS[name]
+    given = [word.replace("FILES", str(others)) for word in command]
+    home = tmp_path / "home"
+    refused(forker.run(plain(home), *given, "--device", "cpu", "--quiet"), 2, *words)
+    shutil.rmtree(home / "store" / "weights", ignore_errors=True)  # kept under their sha256, for the next try
+    no_jobs(home)
+
+
+def test_an_extra_that_is_missing_is_named(forker: Forker, others: Path, tmp_path: Path) -> None:
+    """Where the machine that is asked would have to compute it; a fleet's producer needs no such library."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'diffusers' else find(name, *more)\n"
+    )
+    stack = plain(tmp_path / "home", PYTHONPATH=str(tmp_path))
+    command = [word.replace("FILES", str(others)) for word in DRAW]
+    done = run(stack, *command, "--device", "cpu", "--quiet", code=1)
+    assert done.stderr.count("\n") == 1
+    assert "the model family diffusion needs diffusers" in done.stderr
+    assert "pip install 'imagemill[models]'" in done.stderr
+    no_jobs(tmp_path / "home")
+    fleet = {"IMAGEMILL_BROKER_URL": "redis://127.0.0.1:1/0", "IMAGEMILL_DATABASE_URL": f"sqlite:///{tmp_path}/x.db"}
+    done = run({**stack, **fleet}, *command, "--device", "cpu", "--quiet", "--detach", code=1)
+    assert "diffusers" not in done.stderr
+
+
+@pytest.mark.slow
+def test_prompts_that_cannot_be_are_rows(home: Path, files: Path, tmp_path: Path) -> None:
+    """Outside the picture, turned over, for an image that is not there; and weights that give NaN. No shard sticks."""
+    import torch
+
+    from tests.workers.models.tinysam import tiny
+
+    stack = plain(home)
+    keys = sorted(path.relative_to(files / "images").as_posix() for path in (files / "images").rglob("*.jpg"))
+    prompts = [
+        {"key": keys[0], "points": [[5, 5]]},
+        {"key": keys[1], "points": [[500, 9]]},
+        {"key": keys[2], "boxes": [[30, 30, 10, 10]]},
+        {"key": "gone.jpg", "points": [[5, 5]]},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    weights = tiny().state_dict()
+    torch.save(weights, tmp_path / "sam.pth")
+    torch.save({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, tmp_path / "nan.pth")
+    mask = ("mask", str(files / "images"), "--device", "cpu", "--max-failures", "1")
+    with flow.workers(stack):
+        some = run_json(
+            stack, *mask, "--model", str(tmp_path / "sam.pth"), "--prompts", str(tmp_path / "prompts.jsonl")
+        )
+        none = run_json(stack, *mask, "--model", str(tmp_path / "nan.pth"), "--param", "points_per_side=2")
+    assert (some["state"], some["results"], some["failures"]) == ("done with failures", 1, 3)
+    assert (none["state"], none["results"], none["failures"]) == ("done with failures", 0, 3)
+    found = rows(f"sqlite:///{home}/imagemill.db", "SELECT job_id, key, stage, reason, message FROM item WHERE NOT ok")
+    assert {(row.job_id, row.key): f"{row.stage}/{row.reason}" for row in found} == {
+        (1, keys[1]): "prepare/bad-prompt",
+        (1, keys[2]): "prepare/bad-prompt",
+        (1, "gone.jpg"): "fetch/not-found",
+        **{(2, key): "infer/not-finite" for key in keys},
+    }
+    said = {row.key: row.message for row in found if row.job_id == 1}
+    assert "[500, 9] is outside the picture of 64 x 48 pixels" in said[keys[1]]
+    assert "the dataset has no image 'gone.jpg'" in said["gone.jpg"]

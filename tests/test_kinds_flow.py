@@ -72,7 +72,8 @@ def found(stack: Stack, job_id: int) -> dict[str, Any]:
     settings = Settings(s3_endpoint_url=stack.get("IMAGEMILL_S3_ENDPOINT_URL", ""))
     store = open_store(flow.store_url(stack), settings)
     shards = rows(flow.database_url(stack), f"SELECT result_key FROM shard WHERE job_id = {job_id}")  # noqa: S608
-    outcomes = [o for shard in shards for o in shardfile.read(store, shard.result_key, blobs=True)[0]]
+    keys = [shard.result_key for shard in shards]
+    outcomes = [o for key in keys for o in shardfile.filled(store, key, shardfile.read(store, key)[0])]
     assert not [o for o in outcomes if o.failure is not None]
     return {outcome.key: outcome.result for outcome in outcomes}
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs import leases
-from storage.errors import Conflict, ItemFailed
+from storage import shardfile
+from storage.errors import Conflict, ItemFailed, Unavailable
 from workers import batches, faults
 from workers.models import Prepared
 
@@ -71,12 +72,12 @@ def work(stream: Stream, run: Run, must_stop: Callable[[], bool]) -> bool:
         alone = times_alone(step, checkpoint)
         if not leases.suspect(stream.db, run.claim, stream.me.id, step, sorted(found), alone):
             raise Conflict(f"shard {run.claim.shard_id} is not ours any more")
-        _touch(stream, run, step)
+        _touch(stream, run, step, must_stop)
     leases.suspect(stream.db, run.claim, stream.me.id, [], sorted(found))
     return True
 
 
-def _touch(stream: Stream, run: Run, positions: Sequence[int]) -> None:
+def _touch(stream: Stream, run: Run, positions: Sequence[int], must_stop: Callable[[], bool]) -> None:
     """Fetch, decode, prepare and infer a few items, and nothing else meanwhile."""
     arrived: Arrivals = queue.SimpleQueue()
     for position in positions:
@@ -91,9 +92,20 @@ def _touch(stream: Stream, run: Run, positions: Sequence[int]) -> None:
         answers = batches.infer(run.loaded.model, [item.answer for item in items], run.loaded.size)  # type: ignore[misc]
         faults.point("inferred")
         for item, answer in zip(items, answers, strict=True):
-            run.outcomes[item.position] = stream.outcome(run, item.position, item.size, answer)
+            kept = _kept(stream, run, answer, must_stop) if shardfile.has_blob(answer) else answer
+            run.outcomes[item.position] = stream.outcome(run, item.position, item.size, kept)
     stream.me.work.moved(len(positions))
     stream.me.work.progress = {run.claim.shard_id: len(run.outcomes)}
+
+
+def _kept(stream: Stream, run: Run, result: Any, must_stop: Callable[[], bool]) -> Any:
+    """The result with its file put. Raises Unavailable when that takes too long."""
+    kept = stream.blobs.put_now(run, result, must_stop)
+    if kept.broken:
+        return result  # it is tried again with the object, and counted as the shard's error there
+    if kept.result is None:
+        raise Unavailable("the store does not take a file")
+    return kept.result
 
 
 def _group_name(item: Ready) -> str:

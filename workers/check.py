@@ -83,7 +83,7 @@ def _once(model: Any, card: Card) -> Any:
     rng = np.random.default_rng(0)
     # Smooth, so that it is no mere noise to a network: a coarse pattern, enlarged.
     coarse = rng.integers(0, 256, (_SIZE[0] // 40, _SIZE[1] // 40, 3), dtype=np.uint8)
-    picture = None if card.family == "diffusion" else np.kron(coarse, np.ones((40, 40, 1), np.uint8))
+    picture = None if not card.needs_image else np.kron(coarse, np.ones((40, 40, 1), np.uint8))
     item = Item("check", data={"prompt": "a red circle on white"} if picture is None else {})
     try:
         (result,) = model.infer([model.prepare(picture, item)])

@@ -95,7 +95,7 @@ def _picture(chosen: _Chosen, store: Store, settings: Settings) -> images.Pixels
     """What was looked at, or what was made. Raises ImagemillError when it is not there any more."""
     limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels)
     result: Any = chosen.outcome.result
-    if hasattr(result, "blob_name"):
+    if shardfile.has_blob(result):
         return images.decode(store.get(shardfile.blob_key(chosen.object_key, result)), limits).pixels
     uri = chosen.outcome.uri
     frame = uri.startswith("frame:")

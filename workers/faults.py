@@ -14,6 +14,7 @@ POINTS = (
     "claimed",  # a shard is leased, nothing read yet
     "fetched",  # an image's bytes are read
     "inferred",  # a batch has run
+    "kept",  # a file that was made is put, its item not recorded
     "before-put",
     "after-put",  # the result object is there, nothing committed
     "before-commit",

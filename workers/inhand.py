@@ -83,6 +83,8 @@ class Run:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     dropped: bool = False
     begun: bool = False  # whether a batch with an item of it has been run
+    keeping: int = 0  # items whose files are being put; counted by the device thread alone
+    broken: str = ""  # what is wrong with the shard as a whole, where waiting would not help
     seconds: defaultdict[str, float] = field(
         default_factory=lambda: defaultdict(float)
     )  # stage -> time spent in it, summed over threads

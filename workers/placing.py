@@ -19,6 +19,7 @@ import numpy.typing as npt
 from storage import rle
 from storage.errors import ItemFailed
 
+MOST_PIXELS = 100_000_000  # of a new picture
 INTERPOLATIONS = ("auto", "nearest", "linear", "cubic", "area", "lanczos")
 
 _CARRIED = ("labels", "scores", "class_ids")

@@ -1,10 +1,11 @@
 """The worker's stream: claim -> fetch || decode || prepare -> infer -> write -> commit, across shards, without a gap.
 
-Four kinds of threads, one direction:
+Five kinds of threads, one direction:
 
     feeder      claims shards, reads their manifests, hands out items while there is room
     fetchers    read an image's bytes; decoders turn them into pixels and prepare them
     device      (the caller of `run`) forms batches and runs them; nothing else touches the device
+    putters     put files that items became (workers/blobs.py)
     writers     put a finished shard's object and commit it
 
 The room is counted in bytes of pictures, encoded and decoded, and in items under way, so that a slow device stops the
@@ -31,6 +32,7 @@ from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import Outcome
 from workers import faults, images, provenance, tuning, videos
+from workers.blobs import Blobs
 from workers.choosing import Choosing
 from workers.computing import Computing
 from workers.incarnation import Incarnation
@@ -63,7 +65,8 @@ class Stream:
         self._writers = ThreadPoolExecutor(2, thread_name_prefix="write")
         # Two budgets: a decoder that holds encoded bytes waits for decoded room only, which decoders alone hold and
         # always give back, so nobody waits in a circle.
-        self._encoded, self._decoded = Room(settings.buffer_bytes // 2), Room(settings.buffer_bytes // 2)
+        self._encoded, self._decoded = Room(settings.buffer_bytes // 4), Room(settings.buffer_bytes // 2)
+        self.blobs = Blobs(store, settings.buffer_bytes // 4)
         self._pictures = _pictures(settings, threads)
         self._failed_fetches = 0
         self.readable = ""  # the URI of an image that could be read, to tell an outage from broken objects
@@ -98,6 +101,7 @@ class Stream:
         """Stop the threads and free the device."""
         for pool in (self._fetchers, self._decoders, self._writers):
             pool.shutdown(wait=False, cancel_futures=True)
+        self.blobs.close()
         self._pictures.close()
         self.models.close()
 
@@ -275,7 +279,7 @@ class Stream:
         prefix = f"{run.prefix}{uuid.uuid4().hex[:8]}{name}/"
         faults.point("before-put")
         with run.timed("write"):
-            written = shardfile.write(self.store, prefix, run.claim.spec.kind, outcomes, meta)
+            written = shardfile.write(self.store, prefix, run.claim.spec.kind, outcomes, meta, run.prefix)
         faults.point("after-put")
         return written
 
@@ -293,6 +297,9 @@ class Stream:
     def give_back(self, run: Run) -> None:
         """Release a shard without blame, keeping what is done of it for the next attempt."""
         if not self.me.may_write():
+            return
+        if run.broken:
+            self.fail(run.claim, run.broken)
             return
         checkpoint: dict[str, Any] = dict(run.claim.checkpoint)
         try:

@@ -11,7 +11,7 @@ from typing import Any
 from jobs import progress, sources
 from jobs.spec import AUTO, JobSpec
 from storage.database import Database
-from storage.errors import BadInput
+from storage.errors import BadInput, Misconfigured
 from storage.objects import Store
 from storage.settings import Settings
 from storage.tables import MAX_SHARD_ITEMS
@@ -40,9 +40,7 @@ def resolve(
     Args:
         on_download: called with (model name, bytes so far, bytes in all) while weights are fetched.
     """
-    if shard_size is None:  # images that are made stay in memory until their shard is committed
-        shard_size = 64 if kind == "image" else 256
-    if not 1 <= shard_size <= MAX_SHARD_ITEMS:
+    if shard_size is not None and not 1 <= shard_size <= MAX_SHARD_ITEMS:
         raise BadInput(f"--shard-size must be from 1 to {MAX_SHARD_ITEMS}, but got {shard_size}")
     if batch is not None and batch < 1:
         raise BadInput(f"--batch must be at least 1, but got {batch}")
@@ -52,9 +50,13 @@ def resolve(
         runtimes.get(runtime)
     uri = sources.canonical(dataset)
     resolved = _found(settings, model, kind, params, on_download)
-    queue = _queue(db, settings, device, resolved.card)
+    card = resolved.card
+    if card.needs_image and uri.startswith("prompts:"):
+        raise BadInput(f"model {card.name!r} works on images, and {dataset!r} is a list of prompts; give it images")
+    queue = _queue(db, settings, device, card)
     spec = _pinned(store, resolved, "cpu" if queue == "cpu" else "cuda", runtime, precision)
-    return dataclasses.replace(spec, dataset=uri, batch=batch or 0, shard_size=shard_size, queue=queue)
+    size = shard_size or card.shard_size
+    return dataclasses.replace(spec, dataset=uri, batch=batch or 0, shard_size=size, queue=queue)
 
 
 def resolve_model(
@@ -85,10 +87,13 @@ def _found(
     on_download: Callable[[str, int, int], None],
 ) -> Resolved:
     def fetch(card: Card) -> Path:
+        _check_libraries(settings, card)
         report = lambda done, total: on_download(card.name, done, total)  # noqa: E731
         return weights.download(card.weights, settings.cache_folder, card.sha256, report)
 
-    return models.resolve(model, kind, params, fetch)
+    resolved = models.resolve(model, kind, params, fetch)
+    _check_libraries(settings, resolved.card)
+    return resolved
 
 
 def _pinned(store: Store, resolved: Resolved, device: str, runtime: str, precision: str) -> JobSpec:
@@ -117,6 +122,12 @@ def _pinned(store: Store, resolved: Resolved, device: str, runtime: str, precisi
         runtime=runtime,
         precision=precision,
     )
+
+
+def _check_libraries(settings: Settings, card: Card) -> None:
+    """A machine that computes its own jobs must be able to. Raises Misconfigured, naming the extra that is missing."""
+    for library in models.missing(card.family) if settings.embedded else ():
+        raise Misconfigured(models.lacking(card.family, library))
 
 
 def results_of(db: Database, job: str, source: str, shown: str, label: str, min_score: float) -> str:

@@ -22,6 +22,7 @@ from storage import shardfile
 from storage.errors import Conflict, ImagemillError, ItemFailed, Unavailable
 from workers import batches, careful, faults, tuning
 from workers.batches import Buckets
+from workers.blobs import Kept
 from workers.inhand import Arrivals, Ready, Room, Run, attempt_prefix
 from workers.models import Prepared
 
@@ -48,6 +49,8 @@ class Ticket:
         # of slow pictures is then given back with what is done of it, and gone on with under the next ticket.
         self.until_in_hand = self.until + stream.settings.stall_seconds / 2
         self.ready: Arrivals = queue.SimpleQueue()
+        self.kept: queue.SimpleQueue[tuple[Ready, Kept]] = queue.SimpleQueue()
+        self._keeping = 0  # files under way to the store
         self.buckets: Buckets[Ready] = Buckets()
         self.runs: dict[int, Run] = {}  # by shard id; those with items still under way
         self.finishing: list[Any] = []
@@ -84,7 +87,9 @@ class Ticket:
 
     def _loop(self) -> None:
         waited_since: float | None = None
-        while not (self._fed_all.is_set() and self._underway == 0 and not self.buckets and self.ready.empty()):
+        while not (
+            self._fed_all.is_set() and self._underway == self._keeping == 0 and not self.buckets and self.ready.empty()
+        ):
             self.me.work.busy = bool(self.runs) or not self._fed_all.is_set()
             try:
                 arrived = self.ready.get(timeout=0.02)
@@ -99,6 +104,7 @@ class Ticket:
                 waited_since = None
                 if arrived:
                     self._arrived(arrived)
+            self._record_kept()
             if not self._alone.empty():
                 self._alone.get()()
             if time.monotonic() - self._looked_at > _LOOK_S:
@@ -170,6 +176,8 @@ class Ticket:
             settled = dataclasses.replace(claim, spec=self._settled(claim, lambda: in_use))
             loaded = self.stream.models.get(settled.spec, lambda: in_use)
             rows = shardfile.read_manifest(self.stream.store, claim.manifest_key)
+            run = Run(settled, loaded, rows, attempt_prefix(claim))
+            self._take_over(run)
         except Unavailable as error:
             log.warning("shard %d is given back: %s", claim.shard_id, error)
             leases.release(self.stream.db, claim, self.me.id, claim.checkpoint)
@@ -182,8 +190,6 @@ class Ticket:
         asked = claim.spec.model_key  # by which the database knows it
         self._same_model = (count + 1 if key == asked else 1, asked)
         self.me.work.model = claim.spec.model
-        run = Run(settled, loaded, rows, attempt_prefix(claim))
-        self._take_over(run)
         return run
 
     def _settled(self, claim: Claim, in_use: Callable[[], set[str]]) -> JobSpec:
@@ -207,15 +213,16 @@ class Ticket:
         return [item.answer for item in ready if isinstance(item.answer, Prepared)]
 
     def _take_over(self, run: Run) -> None:
-        """Keep what an earlier attempt had done before it gave the shard back."""
+        """Keep what an earlier attempt had done before it gave the shard back. Raises Unavailable for its files."""
         key = run.claim.checkpoint.get("partial")
         if not key:
             return
         try:
-            done, _ = shardfile.read(self.stream.store, key, run.claim.checkpoint.get("sha256"), blobs=True)
+            done, _ = shardfile.read(self.stream.store, key, run.claim.checkpoint.get("sha256"))
         except ImagemillError as error:
             log.warning("shard %d starts from its beginning: %s", run.claim.shard_id, error)
             return
+        done = self.stream.blobs.take_over(run, key, done, self._must_stop, self.me.work.moved)
         run.outcomes = {outcome.position: outcome for outcome in done}
         fetched = (outcome.uri for outcome in done if outcome.failure is None)
         self.stream.readable = self.stream.readable or next(fetched, "")
@@ -339,9 +346,42 @@ class Ticket:
         self._deliver(batch, answers)
 
     def _deliver(self, items: Sequence[Ready], answers: Sequence[Any]) -> None:
-        self._slots.give(len(items))
+        recorded = []
         for item, answer in zip(items, answers, strict=True):
-            item.run.outcomes[item.position] = self.stream.outcome(item.run, item.position, item.size, answer)
+            if shardfile.has_blob(answer):
+                self._keep(item, answer)
+            else:
+                self._record(item, answer)
+                recorded.append(item)
+        self._slots.give(len(recorded))
+        self._progressed(recorded)
+
+    def _keep(self, item: Ready, result: Any) -> None:
+        """Have a result's file put; its item stays under way until that is done."""
+        self._keeping += 1
+        item.run.keeping += 1
+        self.stream.blobs.put(item.run, result, self._must_stop, lambda kept: self.kept.put((item, kept)))
+
+    def _record_kept(self) -> None:
+        """Record the items whose files have been put meanwhile; a shard with one that cannot be put is given back."""
+        items = []
+        while not self.kept.empty():
+            item, kept = self.kept.get()
+            items.append(item)
+            self._keeping -= 1
+            item.run.keeping -= 1
+            if kept.result is not None:
+                self._record(item, kept.result)
+            else:
+                item.run.dropped, item.run.broken = True, item.run.broken or kept.broken
+        if items:
+            self._slots.give(len(items))
+            self._progressed(items)
+
+    def _record(self, item: Ready, answer: Any) -> None:
+        item.run.outcomes[item.position] = self.stream.outcome(item.run, item.position, item.size, answer)
+
+    def _progressed(self, items: Sequence[Ready]) -> None:
         self.me.work.moved(len(items))
         for run in {item.run for item in items}:
             self.me.work.progress = {**self.me.work.progress, run.claim.shard_id: len(run.outcomes)}
@@ -363,7 +403,7 @@ class Ticket:
         winding_up = self._winding_up()
         for shard_id, run in list(self.runs.items()):
             run.dropped = run.dropped or winding_up or run.claim.job_id in self.me.orders.dropped
-            if run.dropped:
+            if run.dropped and not run.keeping:
                 del self.runs[shard_id]
                 self.more = True
                 self.finishing.append(self.stream._writers.submit(self.stream.give_back, run))

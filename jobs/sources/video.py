@@ -40,7 +40,8 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _REORDERED = 32  # frames that may be stored before one that is shown earlier; H.264 and HEVC allow 16
 _MOST_FPS = 1000
 _MOST_EVERY = 10**9
-_MISSING_S, _MISSING = 2, Fraction(1, 20)  # what a header's duration may be wrong by: seconds, and a part of it
+# What a header's duration may be wrong by: so many seconds, of a short video no more than a quarter; and a part of it.
+_MISSING_S, _MISSING = 2, Fraction(1, 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +331,7 @@ def _check_end(container: Any, stream: Any, end: Fraction, where: str) -> None:
     declared = Fraction(container.duration or 0, 1_000_000)  # from microseconds
     if container.format.name == "avi" and stream.frames and stream.average_rate:
         declared = stream.frames / stream.average_rate  # FFmpeg has made the duration fit to what there is
-    if declared - end > max(Fraction(_MISSING_S), _MISSING * declared):
+    if declared - end > max(min(Fraction(_MISSING_S), declared / 4), _MISSING * declared):
         raise _damaged(where, f"it says that it ends at {float(declared):.1f} s, but does so at {float(end):.1f} s")
 
 

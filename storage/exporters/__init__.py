@@ -181,10 +181,11 @@ def _outcomes(
     """Every live item; each result object is read once, its sha256 checked, and let go before the next."""
     for found, live in index.snapshot(db, recipe_id):
         try:
-            outcomes, _ = shardfile.read(store, found.key, found.sha256, blobs=blobs)
+            outcomes, _ = shardfile.read(store, found.key, found.sha256)
+            chosen = [outcome for outcome in outcomes if outcome.position in live]
+            yield from shardfile.filled(store, found.key, chosen) if blobs else chosen
         except NotFound as error:
             raise Unavailable(f"result object {found.key!r} of shard {found.shard_id} is gone: {error}") from error
-        yield from (outcome for outcome in outcomes if outcome.position in live)
         after_shard()
 
 

@@ -10,8 +10,8 @@ A kind's file defines
     agreement(expected, found, least)  -> how far two results of one image agree, 0..1, None when there is nothing to
                               compare; `least` is the score at which the job cuts off, 0 for none. A kind without it is
                               computed as asked and never tuned
-    with_data(result, data)   only of a kind whose results are files: the result with its bytes, which storage.shardfile
-                              keeps as a blob beside the object
+
+Results that are files have the fields of storage.shardfile.HasBlob besides, and their bytes lie in blobs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Images that were made: the result of generate and transform jobs.
 
-The bytes lie as a blob beside the shard's Parquet object (storage.shardfile); the columns name it and tell its content.
+The bytes lie as a blob in the store (storage.shardfile); the columns name it and tell its content.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -40,13 +39,15 @@ class Result:
     """One made image.
 
     Attributes:
-        data: the encoded file, or None when it was not read with the columns; not compared, `sha256` stands for it.
+        data: the encoded file, or None when it lies in the store; not compared, `sha256` stands for it.
         sha256: of the encoded file, in hex.
         nbytes: size of the encoded file.
         format: one of FORMATS.
         width, height: pixels.
         meta: how it was made and what is known of it, JSON values: prompt, seed, and `boxes` (xyxy in pixels of this
             image, x right, y down) with their `labels`, where it has them.
+        blob: where the file lies: its key in the store, or "blobs/..." beside the shard's object; not compared. "" is
+            the latter. Equal images share one.
     """
 
     data: bytes | None = field(compare=False, repr=False)
@@ -56,6 +57,7 @@ class Result:
     width: int
     height: int
     meta: Mapping[str, Any]
+    blob: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -66,11 +68,7 @@ class Result:
             raise ValueError(f"expected bytes and pixels, but got {self.nbytes} bytes, {self.width}x{self.height}")
         if self.data is not None and len(self.data) != self.nbytes:
             raise ValueError(f"expected {self.nbytes} bytes, but got {len(self.data)}")
-
-    @property
-    def blob_name(self) -> str:
-        """The blob's key relative to the folder of the Parquet object; equal images share one."""
-        return f"blobs/{self.sha256[:32]}.{self.format}"
+        object.__setattr__(self, "blob", self.blob or f"blobs/{self.sha256[:32]}.{self.format}")
 
 
 def made(data: bytes, format: str, width: int, height: int, meta: Mapping[str, Any]) -> Result:
@@ -79,15 +77,10 @@ def made(data: bytes, format: str, width: int, height: int, meta: Mapping[str, A
     return Result(data, digest, len(data), format, width, height, json.loads(_json(meta)))
 
 
-def with_data(result: Result, data: bytes) -> Result:
-    """The result together with its blob's bytes."""
-    return dataclasses.replace(result, data=data)
-
-
 def columns(results: Sequence[Result | None]) -> dict[str, pa.Array]:
     """The results as arrow columns, without their bytes; a None (failed item) is a null in every column."""
     values = {
-        "blob": [r and r.blob_name for r in results],
+        "blob": [r and r.blob for r in results],
         "sha256": [r and r.sha256 for r in results],
         "nbytes": [r and r.nbytes for r in results],
         "format": [r and r.format for r in results],
@@ -105,7 +98,7 @@ def results(table: pa.Table) -> list[Result | None]:
 
 def _row(row: Mapping[str, Any]) -> Result:
     size = (row["image_width"], row["image_height"])
-    return Result(None, row["sha256"], row["nbytes"], row["format"], *size, json.loads(row["meta"]))
+    return Result(None, row["sha256"], row["nbytes"], row["format"], *size, json.loads(row["meta"]), row["blob"])
 
 
 def _json(meta: Mapping[str, Any]) -> str:

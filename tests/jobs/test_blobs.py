@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -48,8 +49,10 @@ def images(claim: Claim, failed: Sequence[int] = ()) -> list[Outcome]:
 
 
 def write(store: Store, claim: Claim, nonce: str, outcomes: Sequence[Outcome]) -> Written:
-    prefix = f"jobs/{claim.job_id}/{claim.number:07d}/a{claim.fence}-{nonce}/{nonce}/"
-    return shardfile.write(store, prefix, "image", outcomes, {})
+    """The object and the blobs of an attempt: the first item's put when it was made, the others with the object."""
+    attempt = f"jobs/{claim.job_id}/{claim.number:07d}/a{claim.fence}-{nonce}/"
+    first = replace(outcomes[0], result=shardfile.put_blob(store, attempt, outcomes[0].result))
+    return shardfile.write(store, f"{attempt}{nonce}/", "image", [first, *outcomes[1:]], {}, attempt)
 
 
 def finished(db: Database, store: Store, shards: int = 2, size: int = 3) -> tuple[Job, list[Written]]:
@@ -74,7 +77,8 @@ def test_the_collector_takes_blobs_of_orphans_and_no_others(db: Database, store:
     job, written = finished(db, store)
     good = keys(store)
     assert len(good) == 2 + 4
-    mine = [key for key in good if key.startswith(shardfile.folder_of(written[0].key))]
+    attempt = written[0].key.rpartition("00000001/")[0]
+    mine = [key for key in good if key.startswith(attempt)]
     for key in mine:  # an attempt that never committed, and one that broke off before its object
         store.put(key.replace("00000001", "0000dead"), store.get(key))
         if "/blobs/" in key:
@@ -97,10 +101,23 @@ def test_the_collector_keeps_what_a_drained_shard_goes_on_with(db: Database, sto
     assert collect.collect(db, store, Settings()).objects == 0, "the attempt still holds its lease"
     leases.release(db, claim, worker, {"partial": partial.key, "sha256": partial.sha256})
     assert collect.collect(db, store, Settings()).objects == 2
-    assert {shardfile.folder_of(key) for key in keys(store)} == {shardfile.folder_of(partial.key)}
-    assert shardfile.folder_of(old.key) != shardfile.folder_of(partial.key)
-    back, _ = shardfile.read(store, partial.key, partial.sha256, blobs=True)
-    assert [o.result and o.result.data for o in back] == [f"{claim.shard_id}-{i}".encode() for i in range(3)]
+    assert {key.split("/")[3] for key in keys(store)} == {partial.key.split("/")[3]} != {old.key.split("/")[3]}
+    back, _ = shardfile.read(store, partial.key, partial.sha256)
+    data = [o.result.data for o in shardfile.filled(store, partial.key, back) if o.result]
+    assert data == [f"{claim.shard_id}-{i}".encode() for i in range(3)]
+
+
+def test_the_collector_takes_other_objects_of_an_attempt_that_committed(
+    db: Database, store: Store, later: None
+) -> None:
+    """A try whose answer was lost has left an object and blobs beside it; those put before are the whole attempt's."""
+    _, (written, _) = finished(db, store)
+    good = keys(store)
+    beside = next(key for key in good if key.startswith(written.key.replace("items.parquet", "blobs")))
+    for key in (written.key, beside):
+        store.put(key.replace("/00000001/", "/0000cafe/"), store.get(key))
+    assert collect.collect(db, store, Settings()).objects == 2
+    assert keys(store) == good
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])

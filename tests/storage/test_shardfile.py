@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_blobs_lie_beside_their_object(store: Store) -> None:
     blobs = {stat.key: stat.size for stat in store.list("jobs/1/2/a1-x/") if stat.key != written.key}
     assert len(blobs) == 19, "equal bytes are one blob"
     plain, _ = shardfile.read(store, written.key, written.sha256)
-    full, _ = shardfile.read(store, written.key, written.sha256, blobs=True)
+    full = list(shardfile.filled(store, written.key, plain))
     assert plain == full[:-1] + plain[-1:], "results without bytes compare equal to those with"
     assert [o.result.data for o in plain[:-1]] == [None] * 20
     for wanted, found in zip(generated()[:-1], full[:-1], strict=True):
@@ -182,7 +183,7 @@ def test_blobs_lie_beside_their_object(store: Store) -> None:
     assert shardfile.damaged_blobs(store, written.key, plain) == []
     store.delete([next(iter(blobs))])
     with pytest.raises(NotFound):
-        shardfile.read(store, written.key, blobs=True)
+        list(shardfile.filled(store, written.key, plain))
 
 
 def test_blobs_are_there_before_the_object(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +214,45 @@ def test_a_blob_that_cannot_be_put_leaves_no_object(folder: Store, monkeypatch: 
 def test_results_without_their_bytes_are_not_written(folder: Store) -> None:
     written = shardfile.write(folder, "p/", "image", generated(), {})
     plain, _ = shardfile.read(folder, written.key)
-    with pytest.raises(ValueError, match="read it with blobs"):
+    with pytest.raises(ValueError, match="read it with get_blob"):
         shardfile.write(folder, "q/", "image", plain, {})
     assert not list(folder.list("q/"))
+
+
+def test_blobs_that_were_put_before_are_named(folder: Store) -> None:
+    """Those of the attempt itself only: another's may be taken away."""
+    attempt = "jobs/1/0000002/a1-x/"
+    early = [replace(o, result=o.result and shardfile.put_blob(folder, attempt, o.result)) for o in generated()]
+    assert [o.result.data for o in early[:-1]] == [None] * 20
+    late = generated()[:5] + early[5:]
+    written = shardfile.write(folder, f"{attempt}try/", "image", late, {}, attempt)
+    plain, _ = shardfile.read(folder, written.key, written.sha256)
+    keys = [shardfile.blob_key(written.key, o.result) for o in plain[:-1]]
+    assert {key.rpartition("/")[0] for key in keys[:5]} == {f"{attempt}try/blobs"}
+    assert {key.rpartition("/")[0] for key in keys[5:]} == {f"{attempt}blobs"}
+    assert {f"{key.rpartition('/')[0]}/" for key in keys} == shardfile.blob_folders(written.key)
+    assert [o.result.data for o in shardfile.filled(folder, written.key, plain) if o.result] == [
+        o.result.data for o in generated()[:-1]
+    ]
+    for other in ("jobs/1/0000002/a2-y/", "jobs/1/0000002/a1-", ""):
+        with pytest.raises(ValueError, match="a blob of this attempt"):
+            shardfile.write(folder, "jobs/1/0000002/a2-y/try/", "image", plain, {}, other)
+    assert not list(folder.list("jobs/1/0000002/a2-y/"))
+
+
+def test_reading_ahead_is_bounded_in_bytes(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes slowly through a shard's files does not find all of them in memory."""
+    made = [outcome(i, f"{i}", result=image.made(bytes([i]) * 1000, "png", 8, 8, {})) for i in range(100)]
+    written = shardfile.write(folder, "p/", "image", made, {})
+    plain, _ = shardfile.read(folder, written.key)
+    monkeypatch.setattr(shardfile, "_AHEAD_BYTES", 5000)
+    got: list[str] = []
+    get = folder.get
+    monkeypatch.setattr(folder, "get", lambda key: (got.append(key), get(key))[1])
+    for number, full in enumerate(shardfile.filled(folder, written.key, plain)):
+        assert full.result.data == bytes([number]) * 1000
+        assert len(got) <= number + 1 + 6
+    assert len(got) == 100
 
 
 def test_blobs_that_changed_are_noticed(folder: Store) -> None:
@@ -227,7 +264,7 @@ def test_blobs_that_changed_are_noticed(folder: Store) -> None:
     assert shardfile.damaged_blobs(folder, written.key, outcomes) == [(gone, "missing"), (changed, "changed")]
     folder.put(gone, folder.get(shardfile.blob_key(written.key, outcomes[6].result)))
     with pytest.raises(Unavailable, match="is not what was written"):
-        shardfile.read(folder, written.key, blobs=True)
+        list(shardfile.filled(folder, written.key, outcomes))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,12 @@ A family's file defines, with no heavy import at module level,
     claims(path) -> bool                        whether a local weights file or folder is of this family
     describe(path) -> tuple[str, ...]           the class names in the weights, read without running them
     load(card, params, weights, site) -> Model  `card.kind` says which of its kinds is wanted
+
+and may define
+
+    check(card, params, weights)                raises BadInput for what `load` would refuse, as far as that can be told
+                                                when a job is made: from the weights' own description, or with libraries
+                                                that happen to be installed
 """
 
 from __future__ import annotations
@@ -46,6 +52,9 @@ class Card:
         sha256: of the weights, "" until resolved.
         memory_gb: device memory it needs with a batch of one.
         licence: SPDX name.
+        shard_size: items in a shard where the user does not say; fewer for a model that takes seconds for each, since a
+            shard is what workers share out and what a crash costs.
+        needs_image: whether it can do nothing with an item that has no image, such as a prompt.
     """
 
     name: str
@@ -56,6 +65,8 @@ class Card:
     sha256: str = ""
     memory_gb: float = 1.0
     licence: str = ""
+    shard_size: int = 256
+    needs_image: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +253,8 @@ def resolve(name: str, kind: str, given: Mapping[str, Any], fetch: Callable[[Car
     labels = tuple(module.describe(path)) if has_weights else tuple(getattr(module, "LABELS", ()))
     params = fill(card, given)
     check_labels(params, labels)
+    if hasattr(module, "check"):
+        module.check(card, card.params(**params), path if has_weights else None)
     return Resolved(card, params, path if has_weights else None, labels)
 
 

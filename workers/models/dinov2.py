@@ -86,18 +86,35 @@ def _has_head(folder: Path) -> bool:
     return any(str(name).endswith("ForImageClassification") for name in classes)
 
 
+def check(card: Card, params: EmbeddingParams | LabelsParams, weights: Path | None) -> None:
+    """Raises BadInput for a size that is no multiple of the patch, and for labels without a linear head."""
+    if weights is None:
+        return
+    if card.kind == "labels" and not describe(weights):
+        raise BadInput(
+            f"{weights.name} has no linear head, so it yields embeddings only; use: imagemill embed, or give a folder "
+            "of Dinov2ForImageClassification"
+        )
+    patch = (
+        backbones.read_json(weights / "config.json").get("patch_size", 14) if weights.is_dir() else 14
+    )  # of the original
+    if isinstance(patch, int) and params.imgsz % patch:
+        raise _no_multiple(params.imgsz, patch)
+
+
+def _no_multiple(size: int, patch: int) -> BadInput:
+    fit = max(patch, round(size / patch) * patch)
+    return BadInput(f"imgsz must be a multiple of the patch of {patch} pixels, but got {size}; try {fit}")
+
+
 def load(card: Card, params: EmbeddingParams | LabelsParams, weights: Path, site: Site) -> Backbone:
     """Open the network of a transformers folder or of an original checkpoint (.pth) on the device.
 
     Raises:
         BadInput: weights of another form, a size that is no multiple of the patch, or labels without a linear head.
     """
+    check(card, params, weights)
     names = describe(weights)
-    if card.kind == "labels" and not names:
-        raise BadInput(
-            f"{weights.name} has no linear head, so it yields embeddings only; use: imagemill embed, or give a folder "
-            "of Dinov2ForImageClassification"
-        )
     given = _input_of_folder(weights, params.imgsz) if weights.is_dir() else _input_of_original(params.imgsz)
 
     def build() -> Any:
@@ -216,8 +233,7 @@ def _fix_positions(trunk: Any, size: tuple[int, int], *, original: bool) -> None
 
     embeddings, patch = trunk.embeddings, _patch_size(trunk.config)
     if any(side % patch for side in size):
-        fit = max(patch, round(size[0] / patch) * patch)
-        raise BadInput(f"imgsz must be a multiple of the patch of {patch} pixels, but got {size[0]}; try {fit}")
+        raise _no_multiple(size[0], patch)
     rows, columns = (side // patch for side in size)
     with torch.no_grad():
         if original:

@@ -46,7 +46,15 @@ class Params:
 
 
 CARDS: tuple[Card, ...] = (
-    Card(name="stub", family="stub", kind="detections", params=Params, memory_gb=0.0, licence="AGPL-3.0-or-later"),
+    Card(
+        name="stub",
+        family="stub",
+        kind="detections",
+        params=Params,
+        memory_gb=0.0,
+        licence="AGPL-3.0-or-later",
+        needs_image=False,
+    ),
 )
 
 

@@ -281,6 +281,19 @@ def test_a_file_that_was_cut_short(tmp_path: Path, suffix: str) -> None:
             listed(path)
 
 
+def test_a_short_video_that_is_cut_or_damaged(tmp_path: Path) -> None:
+    """Less than two seconds of it are missing, but most of it."""
+    path = clip(tmp_path / "a.mkv")
+    whole = path.read_bytes()
+    third = len(whole) // 3
+    for data in (whole[: len(whole) // 2], whole[:third] + b"Z" * 400 + whole[third + 400 :]):
+        path.write_bytes(data)
+        with pytest.raises(BadInput, match=r"is damaged: it says that it ends at 1\.6 s, but does so at"):
+            listed(path)
+    path.write_bytes(whole)
+    assert len(listed(path)) == 40
+
+
 def test_a_file_without_an_end_is_no_video(tmp_path: Path) -> None:
     path = clip(tmp_path / "a.mp4")
     path.write_bytes(path.read_bytes()[:-500])

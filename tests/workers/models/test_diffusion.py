@@ -22,7 +22,7 @@ from ultralytics.utils import ASSETS
 from storage.errors import BadInput, ItemFailed
 from storage.results.image import Result
 from tests.workers.models import tinydiffusion
-from workers import models, weights
+from workers import diffusionparams, models, weights
 from workers.models import Item, Prepared, Site, diffusion
 from workers.models.diffusion import Painter, Params
 
@@ -159,6 +159,64 @@ def test_controlled_images_are_those_of_diffusers(sd: Path, controlnet: Path, co
         model.prepare(None, items(1)[0])
 
 
+@pytest.mark.parametrize("control", ["canny", "image"])
+def test_pictures_redrawn_along_a_condition_are_those_of_diffusers(either: Path, folder: Path, control: str) -> None:
+    """ControlNet and img2img at once: started from the picture, with its edges (or itself) as the condition."""
+    net = tinydiffusion.controlnet(folder / f"for-{either.name}", either)
+    options = {"control": control, "canny_low": 50, "canny_high": 120, "control_scale": 0.7, "strength": 0.6}
+    size = {"steps": 5, "width": 64, "height": 64}
+    model = painter(either, controlnet=str(net), redraw=True, **options, **size)
+    (prepared_item,) = prepared(model, items(1, seed=12), photo())
+    (ours,) = model.infer([prepared_item])
+    small = Image.fromarray(photo()).resize((64, 64), Image.Resampling.LANCZOS)
+    edges = Image.fromarray(np.dstack([cv2.Canny(np.asarray(small), 50, 120)] * 3))
+    pipeline = reference(
+        f"{CLASSES[either.name]}ControlNetImg2ImgPipeline",
+        either,
+        controlnet=diffusers.ControlNetModel.from_pretrained(net),
+    )
+    given = {"num_inference_steps": 5, "strength": 0.6, "controlnet_conditioning_scale": 0.7}
+    guidance = {"sd": 7.5, "xl": 5.0}[either.name]
+    theirs = pipeline(
+        PROMPTS[0],
+        image=small,
+        control_image=edges if control == "canny" else small,
+        generator=generator(12),
+        guidance_scale=guidance,
+        **given,
+    ).images[0]
+    assert np.array_equal(pixels(ours), np.asarray(theirs))
+    assert {name: ours.meta[name] for name in ("strength", "control", "control_scale")} == {
+        name: options[name] for name in ("strength", "control", "control_scale")
+    }
+    batch = prepared(model, items(3), photo())
+    alone = [pixels(model.infer([item])[0]).astype(int) for item in batch]
+    together = [pixels(result).astype(int) for result in model.infer(batch)]
+    assert max(abs(a - b).max() for a, b in zip(alone, together, strict=True)) <= 2
+    noise = painter(either, controlnet=str(net), **options, **size)
+    plain = painter(either, **options, **size)
+    others = [m.infer(prepared(m, items(1, seed=12), photo()))[0] for m in (noise, plain)]
+    assert all(abs(pixels(other).astype(int) - pixels(ours)).max() > 2 for other in others), "both have their say"
+
+
+@pytest.mark.parametrize("mode", ["Img2Img", "ControlNetImg2Img"])
+def test_folders_saved_by_the_other_pipelines(either: Path, folder: Path, tmp_path: Path, mode: str) -> None:
+    """The same networks under another name in model_index.json."""
+    net = tinydiffusion.controlnet(folder / f"of-{either.name}", either)
+    more = {"controlnet": diffusers.ControlNetModel.from_pretrained(net)} if mode.startswith("Control") else {}
+    reference(f"{CLASSES[either.name]}{mode}Pipeline", either, **more).save_pretrained(tmp_path / "saved")
+    model, plain = painter(tmp_path / "saved"), painter(either, **({"controlnet": str(net)} if more else {}))
+    a, b = (m.infer(prepared(m, items(1), photo()))[0] for m in (model, plain))
+    assert np.array_equal(pixels(a), pixels(b))
+
+
+def test_a_controlnet_of_another_model_is_refused(sd: Path, xl: Path, controlnet: Path) -> None:
+    with pytest.raises(BadInput, match=r"for another model: its cross_attention_dim is 32, that of 'xl' is 64"):
+        painter(xl, controlnet=str(controlnet))
+    with pytest.raises(BadInput, match=r"holds a UNet2DConditionModel, expected a ControlNetModel"):
+        models.fill(diffusion.CARDS[0], {"controlnet": str(sd / "unet")})
+
+
 def test_a_controlnet_may_lie_in_the_models_folder(sd: Path, controlnet: Path, tmp_path: Path) -> None:
     """So it is part of the weights, and travels with them."""
     network = diffusers.ControlNetModel.from_pretrained(controlnet)
@@ -169,7 +227,7 @@ def test_a_controlnet_may_lie_in_the_models_folder(sd: Path, controlnet: Path, t
     assert np.array_equal(pixels(a), pixels(b))
 
 
-@pytest.mark.parametrize("scheduler", ["", *diffusion.SCHEDULERS])
+@pytest.mark.parametrize("scheduler", ["", *diffusionparams.SCHEDULERS])
 def test_an_image_does_not_depend_on_its_batch(sd: Path, scheduler: str) -> None:
     """With every scheduler, those with noise in each step too; and different items differ."""
     model = painter(sd, scheduler=scheduler, steps=5)
@@ -193,7 +251,10 @@ def test_xl_images_do_not_depend_on_their_batch(xl: Path, image: np.ndarray | No
 
 def test_every_scheduler_is_one_of_diffusers(sd: Path) -> None:
     others = {"DPMSolverSDE", "LMSDiscrete", "EDMEuler"}
-    assert {k.name.removesuffix("Scheduler") for k in KarrasDiffusionSchedulers} == {*diffusion.SCHEDULERS, *others}
+    assert {k.name.removesuffix("Scheduler") for k in KarrasDiffusionSchedulers} == {
+        *diffusionparams.SCHEDULERS,
+        *others,
+    }
     for name in ("DDPM", "DDPMScheduler"):
         pipelines = painter(sd, scheduler=name)._pipelines.values()
         assert {type(pipeline.scheduler).__name__ for pipeline in pipelines} == {"DDPMScheduler"}
@@ -371,6 +432,7 @@ def test_folders_of_other_models_are_refused(sd: Path, tmp_path: Path) -> None:
         ({"seed": -1}, "seed must be from 0"),
         ({"safety": "no"}, "safety must be true or false"),
         ({"prompt": 3}, "prompt must be text"),
+        ({"redraw": "yes"}, "redraw must be true or false"),
         ({"controlnet": "/nowhere"}, "there is no ControlNet in '/nowhere'"),
     ],
 )

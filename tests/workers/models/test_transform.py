@@ -19,7 +19,7 @@ from ultralytics.utils import ASSETS
 from storage import rle
 from storage.errors import BadInput, ItemFailed
 from storage.results.image import Result
-from workers import models
+from workers import augmentations, models, transformparams
 from workers.models import Item, Site, transform
 
 SITE = Site("cpu", lambda network: pytest.fail("no runtime is asked for"))
@@ -295,7 +295,7 @@ def test_normalised_pictures() -> None:
         light = grey(pixels(done(model("normalise", method=method), image)))
         assert light.std() > 1.3 * grey(image).std()
     flat = np.full((5, 5, 3), 9, np.uint8)
-    for method in transform.NORMALISATIONS:
+    for method in transformparams.NORMALISATIONS:
         assert pixels(done(model("normalise", method=method), flat)).shape == (5, 5, 3)
 
 
@@ -319,7 +319,7 @@ def test_augmentations_are_those_of_albumentations() -> None:
         assert result.meta["labels"] == theirs["labels"]
 
 
-@pytest.mark.parametrize("preset", transform.PRESETS)
+@pytest.mark.parametrize("preset", augmentations.PRESETS)
 def test_presets_give_the_same_in_any_thread_and_order(preset: str) -> None:
     of, again = model("albumentations", pipeline=preset, seed=5), model("albumentations", pipeline=preset, seed=5)
     image, data = scene()
