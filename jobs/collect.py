@@ -106,15 +106,13 @@ def _may_run(stat: Stat, busy: set[str]) -> bool:
 def _collect_rows(db: Database, age_s: float, report: Report, dry_run: bool) -> None:
     """Rows of images that left the dataset long ago."""
     for ids in _pruned(db, age_s):
-        report.rows += len(ids)
-        if not dry_run:
-            db.transact(lambda tx, ids=ids: _delete_rows(tx, ids))  # type: ignore[misc]
+        report.rows += len(ids) if dry_run else db.transact(lambda tx, ids=ids: _delete_rows(tx, ids, age_s))  # type: ignore[misc]
 
 
 def _pruned(db: Database, age_s: float) -> Iterator[list[int]]:
     after = -1
     while True:
-        where = (item.c.pruned_at < db_now() - age_s, item.c.id > after)
+        where = (_long_gone(age_s), item.c.id > after)
         rows = db.query(sa.select(item.c.id).where(*where).order_by(item.c.id).limit(2000))
         if not rows:
             return
@@ -122,12 +120,19 @@ def _pruned(db: Database, age_s: float) -> Iterator[list[int]]:
         after = rows[-1].id
 
 
-def _delete_rows(tx: Tx, ids: list[int]) -> None:
-    """Each shard remembers how many of its rows are gone, so that a later audit can tell this from a loss."""
-    gone = tx.execute(sa.delete(item).where(item.c.id.in_(ids)).returning(item.c.id)).fetchall()
-    tx.execute(sa.delete(item_label).where(item_label.c.item_id.in_(ids)))
+def _long_gone(age_s: float) -> sa.ColumnElement[bool]:
+    return item.c.pruned_at < db_now() - age_s
+
+
+def _delete_rows(tx: Tx, ids: list[int], age_s: float) -> int:
+    """Delete rows; returns how many. Each shard remembers its own, so that an audit can tell this from a loss."""
+    # Asked again in the DELETE itself: an image may have come back since its row was listed.
+    where = (item.c.id.in_(ids), _long_gone(age_s))
+    gone = [row.id for row in tx.execute(sa.delete(item).where(*where).returning(item.c.id))]
+    tx.execute(sa.delete(item_label).where(item_label.c.item_id.in_(gone)))
     counts: dict[int, int] = {}
-    for (row_id,) in gone:
+    for row_id in gone:
         counts[row_id // MAX_SHARD_ITEMS] = counts.get(row_id // MAX_SHARD_ITEMS, 0) + 1
     for shard_id, count in counts.items():
         tx.execute(sa.update(shard).where(shard.c.id == shard_id).values(collected=shard.c.collected + count))
+    return len(gone)

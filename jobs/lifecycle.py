@@ -207,6 +207,19 @@ def prune(db: Database, job_id: int, planner: str, ids: Sequence[int]) -> None:
     db.transact(work)
 
 
+def put_back(db: Database, job_id: int, planner: str, ids: Sequence[int]) -> set[int]:
+    """Mark pruned items as back in the dataset; returns those that the collector has not taken away meanwhile.
+
+    Raises Conflict when this planner no longer plans the job.
+    """
+
+    def work(tx: Tx) -> set[int]:
+        _still_planning(tx, job_id, planner)
+        return index.mark_pruned(tx, ids, pruned=False)
+
+    return db.transact(work)
+
+
 def end_planning(db: Database, job_id: int, planner: str, *, pruned: int) -> None:
     """The dataset has been listed to its end: from now on the job may finish."""
 
@@ -327,9 +340,11 @@ def _ending(tx: Tx, row: Any) -> tuple[str, str]:
         total(sa.func.sum(sa.case((final, shard.c.size), else_=0)), 0),
         total(sa.func.sum(shard.c.results), 0),
         total(sa.func.sum(shard.c.failures), 0),
+        total(sa.func.sum(shard.c.collected), 0),  # a job that stood still for days may outlive rows of its own
     )
-    items, results, failures = (int(n) for n in tx.execute(sums.where(shard.c.job_id == row.id)).one())
+    items, results, failures, collected = (int(n) for n in tx.execute(sums.where(shard.c.job_id == row.id)).one())
     rows = int(tx.execute(sa.select(sa.func.count()).select_from(item).where(item.c.job_id == row.id)).scalar_one())
+    rows += collected
     complete = items == results + failures == rows and (row.cancelled or row.planned == items)
     reason = (
         ""

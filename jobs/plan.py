@@ -212,15 +212,16 @@ class _Planning:
         if not compare:
             return [(ref, False) for ref in refs], 0
         known = index.known(self.db, self.job.recipe_id, [ref.key for ref in refs])
-        stale, back = [], []
+        stale, back = [], {}
         for ref in refs:
             row = known.get(ref.key)
             if row is None or self.job.force or self.job.only or row.retry or row.fingerprint != ref.fingerprint:
                 stale.append((ref, row is not None))
             elif row.pruned:
-                back.append(row.item_id)
+                back[row.item_id] = ref
         if back:
-            self.db.transact(lambda tx: index.mark_pruned(tx, back, pruned=False))
+            there = lifecycle.put_back(self.db, self.job.id, self.planner, list(back))
+            stale += [(ref, False) for item_id, ref in back.items() if item_id not in there]
         return stale, len(refs) - len(stale)
 
     def _emit(self, fresh: int, duplicates: int, *, last: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from jobs import leases, lifecycle, states
+from jobs import collect, leases, lifecycle, states
 from jobs.lifecycle import NewShard, Planned
 from storage.database import Database
 from storage.errors import Conflict, NotFound
@@ -367,6 +367,16 @@ def test_the_proof_of_completeness_fails_loudly(db: Database, what: str) -> None
     assert ended.state == states.FAILED
     assert "completeness proof failed" in ended.reason
     assert expected in ended.reason
+
+
+def test_rows_that_were_collected_before_the_end_are_no_loss(db: Database) -> None:
+    """A job that stood still for days: some of its own images have left the dataset and been taken away meanwhile."""
+    found, worker_id = planned_job(db, shards=2), new_worker(db)
+    assert commit(db, claimed(db, worker_id), worker_id)
+    execute(db, sa.text("update item set pruned_at = 1.0 where id = (select min(id) from item)"))
+    db.transact(lambda tx: collect._delete_rows(tx, [row.id for row in tx.execute(sa.select(item.c.id))], 60))
+    assert count(db, item) == 1
+    assert run_out(db, found.id, worker_id) == states.DONE
 
 
 def test_history_has_time_and_no_lines(db: Database) -> None:
