@@ -316,13 +316,14 @@ def _submit_and_wait(kind: str, source: str, params: dict[str, Any], options: di
     how = runjob.How(**{field.name: options[field.name] for field in dataclasses.fields(runjob.How)})
     with show:
         ran = runjob.run(home.db, home.store, home.settings, spec, how, show)
-    return _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options)
+    return _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options, ran.notes)
 
 
-def _detached(home: Home, status: Status, options: dict[str, Any]) -> int:
+def _detached(home: Home, status: Status, options: dict[str, Any], notes: list[str]) -> int:
     if options["as_json"]:
-        _print_json(_status_json(status))
+        _print_json({**_status_json(status), "notes": notes})
     else:
+        _print_notes(notes)
         click.echo(f"job {status.id} {status.state}: {status.planned} planned, {status.fresh} fresh")
         if home.settings.embedded and not status.ended:
             click.echo("no worker runs by itself here; start some with: imagemill up")
@@ -345,6 +346,7 @@ def _conclude(home: Home, status: Status, options: dict[str, Any], notes: list[s
         }
         _print_json({**_status_json(status), **extra})
     else:
+        _print_notes(notes)
         _print_summary(home, status, labels, sheet)
     return 0 if status.state in ("done", "done with failures") else 1
 
@@ -364,6 +366,12 @@ def _contact_sheet(home: Home, status: Status) -> str | None:
     except (ImportError, ImagemillError):  # a job that is done stays done, drawn or not
         return None
     return str(drawn) if drawn else None
+
+
+def _print_notes(notes: list[str]) -> None:
+    """What planning had to remark; with --quiet too, which is about progress."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def _print_summary(home: Home, status: Status, labels: list[tuple[str, int, int]], sheet: str | None) -> None:
@@ -417,7 +425,8 @@ def status(job: str, as_json: bool) -> None:
     click.echo(
         f"  model      {found.model} ({found.spec['runtime']}, {found.spec['precision']}) on {found.spec['queue']}"
     )
-    click.echo(f"  planned    {found.planned} images ({found.fresh} fresh, {found.pruned} pruned)")
+    twice = f", {found.duplicates} with the key of another" if found.duplicates else ""
+    click.echo(f"  planned    {found.planned} images ({found.fresh} fresh, {found.pruned} pruned{twice})")
     click.echo(f"  committed  {found.results} results + {found.failures} failures")
     click.echo(f"  live       {found.live} finished, not committed yet, on {found.workers} workers")
     click.echo(f"  rate       {found.rate:.1f} images/s" + _time_left(found.time_left_s))

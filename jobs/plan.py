@@ -134,6 +134,11 @@ def plan(
         with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
             planning = _Planning(db, store, settings, job, planner, report, pool, on_shards, on_wait)
             seen = planning.run(on_progress)
+        if report.duplicates:
+            report.notes.append(
+                f"{report.duplicates} entries of the dataset have the key of an earlier one and were left out; if they "
+                "are other images, give each a key of its own"
+            )
         report.pruned = 0 if job.only else _prune(db, job, planner, seen, report, prune_all)
         lifecycle.end_planning(db, job.id, planner, pruned=report.pruned)
     except (ImagemillError, KeyboardInterrupt) as error:

@@ -69,8 +69,6 @@ def run(db: Database, store: Store, settings: Settings, spec: JobSpec, how: How,
     with own_workers(settings, how, watcher) as tend:
         report = _plan(db, store, settings, job, how, watcher, tend)
         notes = report.notes if report else []
-        for note in notes:
-            watcher.say(f"note: {note}")
         if not how.wait:
             return Ran(progress.status(db, job.id), notes)
         return Ran(wait(db, job.id, watcher, tend), notes)

@@ -277,6 +277,7 @@ def test_duplicates_are_counted_and_planned_once(
     assert (report.listed, report.planned, report.duplicates) == (40, 20, 20)
     assert len(set(manifest_keys(db, store, found))) == 20
     assert job_row(db, found).duplicates == 20
+    assert "20 entries of the dataset have the key of an earlier one" in report.notes[0]
 
 
 # --- pruning --------------------------------------------------------------------------------------------------------
