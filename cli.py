@@ -62,6 +62,13 @@ def _run(command: click.Command, arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A disk that is full or a file that may not be touched, wherever it was met: nothing a traceback would explain.
+        where = f": {error.filename!r}" if error.filename else ""
+        click.echo(
+            f"imagemill: {error.strerror or error}{where}; check the disk, the path and its permissions", err=True
+        )
+        return 1
 
 
 def _home(*, check: bool = True) -> Home:
@@ -316,7 +323,9 @@ def _submit_and_wait(kind: str, source: str, params: dict[str, Any], options: di
     how = runjob.How(**{field.name: options[field.name] for field in dataclasses.fields(runjob.How)})
     with show:
         ran = runjob.run(home.db, home.store, home.settings, spec, how, show)
-    return _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options, ran.notes)
+    return (
+        _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options, ran.notes)
+    )
 
 
 def _detached(home: Home, status: Status, options: dict[str, Any], notes: list[str]) -> int:

@@ -458,6 +458,25 @@ def test_a_home_that_cannot_be_written(forker: Forker, tmp_path: Path) -> None:
         refused(forker.run(plain(home / "below"), "jobs"), 1, "Read-only file system", "IMAGEMILL_HOME")
 
 
+def test_a_folder_that_is_gone_and_a_model_that_leads_nowhere(forker: Forker, files: Path, tmp_path: Path) -> None:
+    """What the system refuses is one line wherever it is met."""
+    code = "import os, sys; os.rmdir(os.getcwd()); os.execvp(sys.argv[1], sys.argv[1:])"
+    (tmp_path / "cwd").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "imagemill", "annotate", ".", "--model", "stub"],
+        cwd=tmp_path / "cwd",
+        env=plain(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    refused(Answer(done.returncode, done.stderr.splitlines(), 0), 1, "No such file or directory")
+    looped = tmp_path / "loop.pt"
+    looped.symlink_to(looped)
+    stack = plain(tmp_path / "home")
+    answer = forker.run(stack, "annotate", str(files / "images"), "--model", str(looped), "--device", "cpu")
+    refused(answer, 2, "there is no model file")
+
+
 def test_a_home_on_a_full_disk(forker: Forker, tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "size=64k") as home:
         with contextlib.suppress(OSError):
