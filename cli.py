@@ -719,17 +719,19 @@ def priority(job: str, number: int) -> None:
 def retry(job: str, as_json: bool) -> None:
     """Compute again what failed in a job's recipe, and nothing else. Workers do it; follow with: imagemill watch"""
     from jobs import lifecycle, plan, progress
+    from storage.errors import Conflict
 
     home = _home()
     old = lifecycle.get(home.db, progress.find_job(home.db, job))
     new, fresh = lifecycle.submit(home.db, old.spec, name=f"retry of {old.id}", priority=old.priority, only="failures")
-    report = plan.plan(home.db, home.store, home.settings, new)
+    if not fresh and new.only != "failures":
+        raise Conflict(f"job {new.id} of this recipe has not ended yet; retry when it has")
+    plan.plan(home.db, home.store, home.settings, new)
+    found = progress.status(home.db, new.id)
     if as_json:
-        _print_json(_status_json(progress.status(home.db, new.id)))
-    elif not fresh:
-        click.echo(f"job {new.id} of this recipe has not ended yet; retry when it has")
+        _print_json(_status_json(found))
     else:
-        click.echo(f"job {new.id}: {report.planned if report else 0} failed items to compute again")
+        click.echo(f"job {new.id}: {found.planned} failed items to compute again")
 
 
 @cli.command()
@@ -775,6 +777,8 @@ def repair(job: str, as_json: bool) -> None:
     click.echo(f"{done.rows} rows put back from their objects, {done.again} items to compute again")
     if done.job_id is not None:
         click.echo(f"job {done.job_id} computes them; follow with: imagemill watch {done.job_id}")
+    elif done.again:
+        click.echo("another job of this recipe has not ended yet; the next run of its command computes them")
 
 
 @cli.command()

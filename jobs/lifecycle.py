@@ -82,7 +82,7 @@ def submit(
         max_failures: the job is paused when more than this share of its items (after a hundred) has failed.
 
     Raises:
-        BadInput: a priority, share or token that cannot be stored.
+        BadInput: a priority, share or token that cannot be stored; a token of a job of another recipe.
     """
     _check_priority(priority)
     for label in spec.labels:
@@ -97,7 +97,7 @@ def submit(
         if token is not None:
             row = tx.execute(sa.select(job).where(job.c.client_token == token)).first()
             if row is not None:
-                return _job(row), False
+                return _of_token(_job(row), spec, token), False
         recipe_id = _recipe(tx, spec)
         row = tx.execute(sa.select(job).where(job.c.recipe_id == recipe_id, job.c.finished_at.is_(None))).first()
         if row is not None:
@@ -122,6 +122,14 @@ def submit(
 
     done: tuple[Job, bool] = _again_on_race(db, work)
     return done
+
+
+def _of_token(found: Job, spec: JobSpec, token: str) -> Job:
+    if found.spec.digest != spec.digest:
+        raise BadInput(
+            f"the token {token!r} was given to job {found.id}, which computes something else; take a new one"
+        )
+    return found
 
 
 def start_planning(db: Database, job_id: int, planner: str) -> bool:
