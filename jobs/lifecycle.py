@@ -154,11 +154,15 @@ def start_planning(db: Database, job_id: int, planner: str) -> bool:
 
 
 def abandoned_planning(db: Database) -> list[int]:
-    """Jobs whose planner was killed or has been silent for too long; one stopped in order is not among them."""
-    columns = (job.c.id, job.c.planner, (job.c.planner_beat_at < db_now() - PLANNER_LEASE_S).label("silent"))
-    where = (job.c.state == states.PLANNING, ~job.c.cancelled, job.c.planner.is_not(None))
-    rows = db.query(sa.select(*columns).where(*where))
-    return [row.id for row in rows if row.silent or processes.is_gone(row.planner)]
+    """Jobs whose planner was killed or has been silent for too long; one stopped in order is not among them.
+
+    Nor is one just submitted; but when its planner does not begin for as long, the submitter was killed in between.
+    """
+    last = sa.func.coalesce(job.c.planner_beat_at, job.c.created_at)
+    columns = (job.c.id, job.c.planner, (last < db_now() - PLANNER_LEASE_S).label("silent"))
+    begun_by = sa.or_(job.c.planner.is_not(None), job.c.planner_beat_at.is_(None))
+    rows = db.query(sa.select(*columns).where(job.c.state == states.PLANNING, ~job.c.cancelled, begun_by))
+    return [row.id for row in rows if row.silent or processes.is_gone(row.planner or "")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,17 @@ def test_a_silent_planner_is_taken_over_and_then_changes_nothing(db: Database) -
     assert count(db, shard) == 1
 
 
+def test_a_job_whose_submitter_was_killed_before_it_planned_is_gone_on_with(db: Database) -> None:
+    found, _ = lifecycle.submit(db, spec())
+    assert lifecycle.abandoned_planning(db) == []
+    execute(db, sa.update(job).values(created_at=job.c.created_at - 2 * lifecycle.PLANNER_LEASE_S))
+    assert lifecycle.abandoned_planning(db) == [found.id]
+    assert lifecycle.start_planning(db, found.id, "p")
+    assert lifecycle.abandoned_planning(db) == []
+    lifecycle.stop_planning(db, found.id, "p", "in order")
+    assert lifecycle.abandoned_planning(db) == []
+
+
 def test_a_planner_that_beats_is_not_taken_over(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = lifecycle.submit(db, spec())
     assert lifecycle.start_planning(db, found.id, "old")
