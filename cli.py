@@ -498,7 +498,8 @@ def watch(job: str, quiet: bool) -> int:
 
     home = _home()
     with _Show(quiet=quiet) as show:
-        found = runjob.wait(home.db, progress.find_job(home.db, job), show)
+        job_id = progress.find_job(home.db, job)
+        found = runjob.wait(home.db, job_id, show, start=runjob.starter(home.settings))
     click.echo(f"job {found.id} {found.state}: {found.results} results + {found.failures} failures of {found.planned}")
     return 0 if found.state in ("done", "done with failures") else 1
 

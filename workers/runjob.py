@@ -60,25 +60,26 @@ def run(db: Database, store: Store, settings: Settings, spec: JobSpec, how: How,
         BadInput: the dataset is empty; nothing was made.
         Unavailable: the broker does not answer; nothing was made.
         Conflict: as `submit`.
-        Misconfigured: the job was paused, with the reason and the remedy.
+        Misconfigured: the job was paused, or this machine's own workers drained, with the reason and the remedy.
     """
     if how.wait and not settings.embedded:
         from jobs import queue
 
         queue.check(settings)  # now, rather than to wait in silence for workers that cannot hear
     check_not_empty(db, settings, spec)
+    start = starter(settings)
     with own_workers(settings, how, watcher) as tend:
 
         def see_out(other: Job) -> None:
             _plan(db, store, settings, other, how, watcher, tend)
-            wait(db, other.id, watcher, tend)
+            wait(db, other.id, watcher, tend, start)
 
         job, new = submit(db, spec, how, watcher, see_out)
         report = _plan(db, store, settings, job, how, watcher, tend)
         notes = report.notes if report else [] if new else [_PLANNED_BEFORE.format(job.id)]
         if not how.wait:
             return Ran(progress.status(db, job.id), notes)
-        return Ran(wait(db, job.id, watcher, tend), notes)
+        return Ran(wait(db, job.id, watcher, tend, start), notes)
 
 
 def check_not_empty(db: Database, settings: Settings, spec: JobSpec) -> None:
@@ -120,13 +121,16 @@ def _lacks(job: Job, how: How) -> str:
     return "was begun without --force" if how.force and not job.force else ""
 
 
-def wait(db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] = lambda: None) -> Status:
+def wait(
+    db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] = lambda: None, start: str = "imagemill up"
+) -> Status:
     """Follow a job to its end. Raises Misconfigured when it is paused, with the reason and the remedy.
 
     Args:
         tend: called a few times a second meanwhile.
+        start: the command that starts workers, for when there are none.
     """
-    hint_at = time.monotonic() + _HINT_AFTER_S
+    seen_at = time.monotonic()  # a live worker
     while True:
         with contextlib.suppress(Unavailable):
             status = progress.status(db, job_id)
@@ -136,12 +140,18 @@ def wait(db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] =
             if status.state == "paused":
                 remedy = status.reason or f"go on with: imagemill resume {job_id}"
                 raise Misconfigured(f"job {job_id} is paused: {remedy}")
-            if hint_at is not None and time.monotonic() > hint_at:
-                hint_at = float("inf")
+            if time.monotonic() - seen_at > _HINT_AFTER_S:
+                seen_at = time.monotonic()
                 if not progress.workers(db):
-                    watcher.say(f"no live worker serves queue {status.spec['queue']}; start one with: imagemill worker")
+                    seen_at += 5 * _HINT_AFTER_S  # not said again for a minute
+                    watcher.say(f"no live worker serves queue {status.spec['queue']}; start one with: {start}")
         tend()
         time.sleep(POLL_S)
+
+
+def starter(settings: Settings) -> str:
+    """The command that starts workers here."""
+    return "imagemill up" if settings.embedded else "imagemill worker"
 
 
 @contextlib.contextmanager
@@ -153,8 +163,14 @@ def own_workers(settings: Settings, how: How, watcher: Watcher) -> Iterator[Call
     from workers.local import Local
 
     with Local(settings, how.device) as local:
+
+        def tend() -> None:
+            local.tend()
+            if local.drained:
+                raise Misconfigured("the workers of this machine were drained; the same command goes on with the job")
+
         try:
-            yield local.tend
+            yield tend
         except KeyboardInterrupt:
             watcher.say("stopping: what is done is kept; the same command continues (again Ctrl-C: at once)")
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from jobs import lifecycle, plan, states
+from jobs import leases, lifecycle, plan, states
 from jobs.lifecycle import Job
 from jobs.progress import Status
 from storage.database import Database
-from storage.errors import Conflict
+from storage.errors import Conflict, Misconfigured
 from storage.objects import Store, open_store
 from storage.settings import Settings
 from tests.support import claimed, commit, new_worker, opened, planned_job, run_out, spec
 from workers import runjob
+from workers.fleet import Fleet
 from workers.runjob import How
 
 
@@ -116,3 +119,41 @@ def test_who_joins_a_job_hears_that_it_may_not_know_the_newest_images(
     ran = runjob.run(db, store, settings, wanted, how, Said())
     assert ran.status.planned == 1
     assert "run the same command again" in ran.notes[0]
+
+
+def test_nobody_waits_in_silence_while_no_worker_lives(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said also when the last one has left long after the command began."""
+    monkeypatch.setattr(runjob, "_HINT_AFTER_S", 0.3)
+    job, worker, said, quiet = planned_job(db, shards=1), new_worker(db), Said(), []
+
+    def tend() -> None:
+        if said.lines:
+            run_out(db, job.id, new_worker(db))
+        elif time.monotonic() - began > 0.8 and not quiet:
+            quiet.append("for as long as there was a worker")
+            leases.retire(db, worker)
+
+    began = time.monotonic()
+    assert runjob.wait(db, job.id, said, tend).state == states.DONE
+    assert said.lines == ["no live worker serves queue cpu; start one with: imagemill up"]
+    assert quiet
+
+
+def test_drained_workers_end_the_command_that_started_them(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings()
+    job = planned_job(db, shards=1)
+
+    def start(self: Fleet) -> None:
+        """Workers that end in order at once, as drained ones do."""
+        for slot in self.slots:
+            slot.process = subprocess.Popen(["true"])
+            slot.process.wait()
+
+    monkeypatch.setattr(Fleet, "start", start)
+    with (
+        pytest.raises(Misconfigured, match="were drained; the same command goes on"),
+        runjob.own_workers(settings, How(device="cpu"), Said()) as tend,
+    ):
+        runjob.wait(db, job.id, Said(), tend)
