@@ -158,11 +158,19 @@ def abandoned_planning(db: Database) -> list[int]:
 
     Nor is one just submitted; but when its planner does not begin for as long, the submitter was killed in between.
     """
+    _set_back(db)
     last = sa.func.coalesce(job.c.planner_beat_at, job.c.created_at)
     columns = (job.c.id, job.c.planner, (last < db_now() - PLANNER_LEASE_S).label("silent"))
     begun_by = sa.or_(job.c.planner.is_not(None), job.c.planner_beat_at.is_(None))
     rows = db.query(sa.select(*columns).where(job.c.state == states.PLANNING, ~job.c.cancelled, begun_by))
     return [row.id for row in rows if row.silent or processes.is_gone(row.planner or "")]
+
+
+def _set_back(db: Database) -> None:
+    """A planner's beat from the future is from before the clock was set back: it counts from now on."""
+    ahead = sa.and_(job.c.state == states.PLANNING, job.c.planner_beat_at > db_now() + PLANNER_LEASE_S)
+    if db.query(sa.select(job.c.id).where(ahead)):
+        db.transact(lambda tx: tx.execute(sa.update(job).where(ahead).values(planner_beat_at=db_now())))
 
 
 @dataclass(frozen=True, slots=True)
