@@ -511,6 +511,8 @@ def odd_pictures(folder: Path) -> dict[str, str]:
     noise.save(folder / "many-bytes.png")
     (folder / "gone.jpg").symlink_to(folder / "never-there.jpg")
     (folder / "outside.jpg").symlink_to("/etc/hostname")
+    (folder / "circle.jpg").symlink_to(folder / "circle.jpg")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     failed = {
         "truncated.jpg": "decode/truncated",
         "broken.png": "decode/corrupt",
@@ -519,6 +521,8 @@ def odd_pictures(folder: Path) -> dict[str, str]:
         "many-pixels.png": "decode/too-many-pixels",
         "many-bytes.png": "fetch/too-many-bytes",
         "gone.jpg": "fetch/not-found",
+        "circle.jpg": "fetch/not-found",
+        "phone.heic": "decode/unknown-format",
         "outside.jpg": "fetch/refused",
     }
     fine = ("sound.jpg", "cmyk.jpg", "sixteen-bit.png", "palette.png", "animated.gif", "one-pixel.png")
@@ -531,10 +535,11 @@ def test_each_odd_picture_is_one_row_with_its_reason(home: Path, tmp_path: Path)
     command = ("annotate", str(tmp_path / "odd"), "--model", "stub", "--device", "cpu", "--max-failures", "1")
     done = run_json(stack, *command)
     assert (done["state"], done["complete"]) == ("done with failures", True)
-    assert (done["results"], done["failures"]) == (6, 8)
+    assert (done["results"], done["failures"]) == (6, 10)
     found = rows(f"sqlite:///{home}/imagemill.db", "SELECT key, ok, stage, reason, message FROM item")
     assert {row.key: "" if row.ok else f"{row.stage}/{row.reason}" for row in found} == expected
     assert all("\n" not in (row.message or "") for row in found)
+    assert "convert it to JPEG" in next(row.message for row in found if row.key == "phone.heic")
     flow.check_all(stack, list(expected))
     again = run_json(stack, *command)
     assert (again["planned"], again["fresh"]) == (0, len(expected))

@@ -33,6 +33,7 @@ KEY_LIMIT = 1024  # bytes; S3's own limit for a key
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}
+    | {".heic", ".heif"}  # which nothing here decodes: a failure row says so, where a file left out would say nothing
 )
 
 MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
