@@ -8,9 +8,12 @@ would not be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
+import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,11 +28,13 @@ from jobs.lifecycle import Job, NewShard, Planned
 from jobs.sources import ImageRef
 from storage import index
 from storage.database import Database
-from storage.errors import BadInput, ImagemillError
+from storage.errors import BadInput, Conflict, ImagemillError
 from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import ManifestRow, read_manifest, write_manifest
 from storage.tables import shard
+
+log = logging.getLogger("imagemill.plan")
 
 _CHUNK = 8192  # references looked up at once
 _MANIFESTS = 256  # read at once
@@ -131,15 +136,16 @@ def plan(
         return None
     report = Report()
     try:
-        with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
-            planning = _Planning(db, store, settings, job, planner, report, pool, on_shards, on_wait)
-            seen = planning.run(on_progress)
-        if report.duplicates:
-            report.notes.append(
-                f"{report.duplicates} entries of the dataset have the key of an earlier one and were left out; if they "
-                "are other images, give each a key of its own"
-            )
-        report.pruned = 0 if job.only else _prune(db, job, planner, seen, report, prune_all)
+        with _beating(db, job.id, planner):
+            with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
+                planning = _Planning(db, store, settings, job, planner, report, pool, on_shards, on_wait)
+                seen = planning.run(on_progress)
+            if report.duplicates:
+                report.notes.append(
+                    f"{report.duplicates} entries of the dataset have the key of an earlier one and were left out; if "
+                    "they are other images, give each a key of its own"
+                )
+            report.pruned = 0 if job.only else _prune(db, job, planner, seen, report, prune_all)
         lifecycle.end_planning(db, job.id, planner, pruned=report.pruned)
     except (ImagemillError, KeyboardInterrupt) as error:
         lifecycle.stop_planning(db, job.id, planner, str(error))
@@ -147,6 +153,32 @@ def plan(
     lifecycle.finish(db, job.id)
     on_progress(report)
     return report
+
+
+@contextlib.contextmanager
+def _beating(db: Database, job_id: int, planner: str) -> Iterator[None]:
+    """Keep the planner's claim from a thread of its own: a listing may take minutes before it names an image.
+
+    Without it another process would take over, begin the listing anew, and be taken over itself, for ever.
+    """
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(max(0.05, lifecycle.PLANNER_LEASE_S / 4)):
+            try:
+                lifecycle.keep_planning(db, job_id, planner)
+            except Conflict:
+                return  # the planner meets it itself, at its next write
+            except ImagemillError as error:
+                log.warning("job %d is planned, but that could not be said: %s", job_id, error)
+
+    thread = threading.Thread(target=run, name="planner-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=1)
 
 
 @dataclass

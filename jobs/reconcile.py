@@ -133,6 +133,8 @@ class Reconciler:
         """
         self._planning = {job_id: thread for job_id, thread in self._planning.items() if thread.is_alive()}
         for job_id in lifecycle.abandoned_planning(self.db):
+            if job_id in self._planning:
+                continue  # the database was away while this very copy is at it
             if len(self._planning) >= PLANNING_AT_ONCE:
                 return
             if time.monotonic() - self._adopted.get(job_id, -float("inf")) < ADOPT_AGAIN_S:

@@ -203,4 +203,8 @@ def _plan(
             ring(db, settings, tend)
 
     options: dict[str, Any] = {"prune_all": how.prune_all, "on_progress": watcher.planning}
-    return plan.plan(db, store, settings, job, on_shards=on_shards, on_wait=tend, **options)
+    try:
+        return plan.plan(db, store, settings, job, on_shards=on_shards, on_wait=tend, **options)
+    except Conflict as error:
+        watcher.say(str(error))  # how the job goes on says its status
+        return None

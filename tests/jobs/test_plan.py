@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -445,6 +447,25 @@ def test_a_planner_that_was_taken_over_stops(
     assert len(keys) == len(set(keys)) == 20
     assert job_row(db, found).planned == 20
     assert lifecycle.get(db, found.id).state == states.RUNNING
+
+
+def test_a_planner_whose_dataset_names_nothing_for_long_is_not_taken_over(
+    db: Database, store: Store, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = submitted(db, data)
+    monkeypatch.setattr(lifecycle, "PLANNER_LEASE_S", 0.6)
+    real = sources.refs
+
+    def refs(uri: str, settings: Settings) -> Iterator[sources.ImageRef | None]:
+        for _ in range(8):
+            time.sleep(0.2)
+            assert lifecycle.abandoned_planning(db) == []
+            assert not lifecycle.start_planning(db, found.id, "another")
+        yield from real(uri, settings)
+
+    monkeypatch.setattr(sources, "refs", refs)
+    assert planned(db, store, found).planned == 20
+    assert not [thread for thread in threading.enumerate() if thread.name == "planner-beat"]
 
 
 def test_a_cancelled_job_stops_its_planner(
