@@ -142,7 +142,9 @@ def claim(db: Database, worker_id: str, queue: str, model_key: str | None) -> Cl
     """
 
     def work(tx: Tx) -> Claim | None:
-        me = tx.execute(sa.select(worker.c.state, worker.c.desired).where(worker.c.id == worker_id)).first()
+        # Locked, so that this worker is not declared dead, nor says goodbye, between this look and the claim's commit.
+        mine = sa.select(worker.c.state, worker.c.desired).where(worker.c.id == worker_id).with_for_update(read=True)
+        me = tx.execute(mine).first()
         if me is None or me.state != LIVE or me.desired != RUN:
             found = "unknown" if me is None else "told to drain" if me.state == LIVE else me.state
             raise Conflict(f"worker {worker_id} may not claim: it is {found}")
