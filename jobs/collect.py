@@ -1,11 +1,13 @@
 """Takes away what nobody needs: objects of attempts that never committed, broken-off uploads, rows of pruned images.
 
 Never an object that a row refers to or a blob beside it, never one young enough to belong to an attempt that still
-runs, never one of a job that this database does not know (two databases may share a bucket).
+runs, never one of a job that this database does not know, or whose number another database has given too (several
+may share a bucket).
 """
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,13 +15,15 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from jobs import states
+from jobs import owners, states
 from storage import shardfile
 from storage.database import Database, Tx, db_now
 from storage.errors import StoreFull
 from storage.objects import Stat, Store
 from storage.settings import Settings
 from storage.tables import MAX_SHARD_ITEMS, item, item_label, job, shard
+
+log = logging.getLogger("imagemill.collect")
 
 
 @dataclass
@@ -37,8 +41,8 @@ def collect(db: Database, store: Store, settings: Settings, *, dry_run: bool = F
     report = Report()
     now = _clock(store)
     age_s = max(settings.orphan_hours * 3600, 10 * settings.lease_seconds)
-    for (job_id,) in db.query(sa.select(job.c.id).order_by(job.c.id)):
-        _collect_objects(db, store, job_id, now - age_s, report, dry_run)
+    for job_id, created_at in db.query(sa.select(job.c.id, job.c.created_at).order_by(job.c.id)):
+        _collect_objects(db, store, job_id, created_at, now - age_s, report, dry_run)
     _collect_rows(db, age_s, report, dry_run)
     abort = getattr(store, "abort_uploads", None)
     if abort is not None:
@@ -59,11 +63,16 @@ def _clock(store: Store) -> float:
     return stat.modified if stat is not None else 0.0
 
 
-def _collect_objects(db: Database, store: Store, job_id: int, before: float, report: Report, dry_run: bool) -> None:
+def _collect_objects(
+    db: Database, store: Store, job_id: int, created_at: float, before: float, report: Report, dry_run: bool
+) -> None:
     # What is there is listed first and what is referred to is read after: an attempt that commits between the two is
     # then seen as referred to. In the other order its object could be taken away.
     old = [stat for stat in store.list(f"jobs/{job_id}/") if stat.modified < before]
     if not old:
+        return
+    if owners.is_shared(store, job_id, created_at):
+        log.warning("another database has a job %d in %s: what lies there is left alone", job_id, store.url)
         return
     kept, folders, busy = _referred(db, job_id)
     orphans = [

@@ -41,6 +41,7 @@ class Job:
     priority: int
     force: bool
     only: str
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +440,7 @@ def _job(row: Any) -> Job:
         priority=row.priority,
         force=row.force,
         only=row.only,
+        created_at=row.created_at,
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
-from jobs import lifecycle, processes, sources
+from jobs import lifecycle, owners, processes, sources
 from jobs.lifecycle import Job, NewShard, Planned
 from jobs.sources import ImageRef
 from storage import index
@@ -136,6 +136,7 @@ def plan(
         return None
     report = Report()
     try:
+        owners.sign(store, job.id, job.created_at)
         with _beating(db, job.id, planner):
             with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
                 planning = _Planning(db, store, settings, job, planner, report, pool, on_shards, on_wait)
