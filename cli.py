@@ -62,6 +62,13 @@ def _run(command: click.Command, arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A disk that is full or a file that may not be touched, wherever it was met: nothing a traceback would explain.
+        where = f": {error.filename!r}" if error.filename else ""
+        click.echo(
+            f"imagemill: {error.strerror or error}{where}; check the disk, the path and its permissions", err=True
+        )
+        return 1
 
 
 def _home(*, check: bool = True) -> Home:
@@ -322,7 +329,9 @@ def _submit_and_wait(kind: str, source: str, params: dict[str, Any], options: di
     how = runjob.How(**{field.name: options[field.name] for field in dataclasses.fields(runjob.How)})
     with show:
         ran = runjob.run(home.db, home.store, home.settings, spec, how, show)
-    return _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options)
+    return (
+        _conclude(home, ran.status, options, ran.notes) if how.wait else _detached(home, ran.status, options, ran.notes)
+    )
 
 
 def _how_run(options: dict[str, Any]) -> dict[str, Any]:
@@ -335,10 +344,11 @@ def _how_run(options: dict[str, Any]) -> dict[str, Any]:
     return exact if options["exact"] else asked
 
 
-def _detached(home: Home, status: Status, options: dict[str, Any]) -> int:
+def _detached(home: Home, status: Status, options: dict[str, Any], notes: list[str]) -> int:
     if options["as_json"]:
-        _print_json(_status_json(status))
+        _print_json({**_status_json(status), "notes": notes})
     else:
+        _print_notes(notes)
         click.echo(f"job {status.id} {status.state}: {status.planned} planned, {status.fresh} fresh")
         if home.settings.embedded and not status.ended:
             click.echo("no worker runs by itself here; start some with: imagemill up")
@@ -361,6 +371,7 @@ def _conclude(home: Home, status: Status, options: dict[str, Any], notes: list[s
         }
         _print_json({**_status_json(status), **extra})
     else:
+        _print_notes(notes)
         _print_summary(home, status, labels, sheet)
     return 0 if status.state in ("done", "done with failures") else 1
 
@@ -380,6 +391,12 @@ def _contact_sheet(home: Home, status: Status) -> str | None:
     except (ImportError, ImagemillError):  # a job that is done stays done, drawn or not
         return None
     return str(drawn) if drawn else None
+
+
+def _print_notes(notes: list[str]) -> None:
+    """What planning had to remark; with --quiet too, which is about progress."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def _print_summary(home: Home, status: Status, labels: list[tuple[str, int, int]], sheet: str | None) -> None:
@@ -433,7 +450,8 @@ def status(job: str, as_json: bool) -> None:
     click.echo(f"  model      {found.model} on {found.spec['queue']}")
     for device, how in found.choices.items():
         click.echo(f"  runs in    {how.runtime} {how.precision}, batch {how.batch} on {device} ({how.why})")
-    click.echo(f"  planned    {found.planned} images ({found.fresh} fresh, {found.pruned} pruned)")
+    twice = f", {found.duplicates} with the key of another" if found.duplicates else ""
+    click.echo(f"  planned    {found.planned} images ({found.fresh} fresh, {found.pruned} pruned{twice})")
     click.echo(f"  committed  {found.results} results + {found.failures} failures")
     click.echo(f"  live       {found.live} finished, not committed yet, on {found.workers} workers")
     click.echo(f"  rate       {found.rate:.1f} images/s" + _time_left(found.time_left_s))
@@ -496,7 +514,8 @@ def watch(job: str, quiet: bool) -> int:
 
     home = _home()
     with _Show(quiet=quiet) as show:
-        found = runjob.wait(home.db, progress.find_job(home.db, job), show)
+        job_id = progress.find_job(home.db, job)
+        found = runjob.wait(home.db, job_id, show, start=runjob.starter(home.settings))
     click.echo(f"job {found.id} {found.state}: {found.results} results + {found.failures} failures of {found.planned}")
     return 0 if found.state in ("done", "done with failures") else 1
 
@@ -717,17 +736,19 @@ def priority(job: str, number: int) -> None:
 def retry(job: str, as_json: bool) -> None:
     """Compute again what failed in a job's recipe, and nothing else. Workers do it; follow with: imagemill watch"""
     from jobs import lifecycle, plan, progress
+    from storage.errors import Conflict
 
     home = _home()
     old = lifecycle.get(home.db, progress.find_job(home.db, job))
     new, fresh = lifecycle.submit(home.db, old.spec, name=f"retry of {old.id}", priority=old.priority, only="failures")
-    report = plan.plan(home.db, home.store, home.settings, new)
+    if not fresh and new.only != "failures":
+        raise Conflict(f"job {new.id} of this recipe has not ended yet; retry when it has")
+    plan.plan(home.db, home.store, home.settings, new)
+    found = progress.status(home.db, new.id)
     if as_json:
-        _print_json(_status_json(progress.status(home.db, new.id)))
-    elif not fresh:
-        click.echo(f"job {new.id} of this recipe has not ended yet; retry when it has")
+        _print_json(_status_json(found))
     else:
-        click.echo(f"job {new.id}: {report.planned if report else 0} failed items to compute again")
+        click.echo(f"job {new.id}: {found.planned} failed items to compute again")
 
 
 @cli.command()
@@ -773,6 +794,8 @@ def repair(job: str, as_json: bool) -> None:
     click.echo(f"{done.rows} rows put back from their objects, {done.again} items to compute again")
     if done.job_id is not None:
         click.echo(f"job {done.job_id} computes them; follow with: imagemill watch {done.job_id}")
+    elif done.again:
+        click.echo("another job of this recipe has not ended yet; the next run of its command computes them")
 
 
 @cli.command()

@@ -142,7 +142,9 @@ def claim(db: Database, worker_id: str, queue: str, model_key: str | None) -> Cl
     """
 
     def work(tx: Tx) -> Claim | None:
-        me = tx.execute(sa.select(worker.c.state, worker.c.desired).where(worker.c.id == worker_id)).first()
+        # Locked, so that this worker is not declared dead, nor says goodbye, between this look and the claim's commit.
+        mine = sa.select(worker.c.state, worker.c.desired).where(worker.c.id == worker_id).with_for_update(read=True)
+        me = tx.execute(mine).first()
         if me is None or me.state != LIVE or me.desired != RUN:
             found = "unknown" if me is None else "told to drain" if me.state == LIVE else me.state
             raise Conflict(f"worker {worker_id} may not claim: it is {found}")
@@ -170,7 +172,7 @@ def _candidates(tx: Tx, queue: str, model_key: str | None) -> Sequence[Any]:
 
 
 def _lease_one(tx: Tx, job_id: int, worker_id: str) -> Any:
-    due = sa.select(shard.c.id).where(shard.c.job_id == job_id, _is(states.READY), shard.c.not_before <= db_now())
+    due = sa.select(shard.c.id).where(shard.c.job_id == job_id, _is(states.READY), is_due())
     due = due.order_by(shard.c.id).limit(1)
     if tx.dialect.name == "postgresql":
         due = due.with_for_update(skip_locked=True)
@@ -184,6 +186,11 @@ def _lease_one(tx: Tx, job_id: int, worker_id: str) -> Any:
     # The state is asked again in the UPDATE itself, so that nothing depends on how the database orders the two parts.
     mine = sa.and_(shard.c.id == due.scalar_subquery(), _is(states.READY))
     return sa.update(shard).where(mine).values(**values).returning(*shard.c)
+
+
+def is_due() -> sa.ColumnElement[bool]:
+    """Whether a ready shard's pause is over; one longer than any pause shows that the clock has been set back."""
+    return sa.or_(shard.c.not_before <= db_now(), shard.c.not_before > db_now() + 2 * states.LONGEST_BACKOFF_S)
 
 
 def _claim(tx: Tx, row: Any) -> Claim:
@@ -396,6 +403,9 @@ def expire_workers(db: Database, lease_s: float) -> list[str]:
     """Declare dead every incarnation that has not beaten for a lease; returns those this call declared."""
 
     def work(tx: Tx) -> list[str]:
+        # A beat from the future is from before the clock was set back; it counts from now on, or it would never end.
+        ahead = sa.and_(worker.c.state == LIVE, worker.c.heartbeat_at > db_now() + lease_s)
+        tx.execute(sa.update(worker).where(ahead).values(heartbeat_at=db_now()))
         late = sa.and_(worker.c.state == LIVE, worker.c.heartbeat_at < db_now() - lease_s)
         rows = tx.execute(sa.update(worker).where(late).values(state=LOST).returning(worker.c.id)).fetchall()
         for (worker_id,) in rows:

@@ -41,6 +41,7 @@ class Job:
     priority: int
     force: bool
     only: str
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def submit(
         max_failures: the job is paused when more than this share of its items (after a hundred) has failed.
 
     Raises:
-        BadInput: a priority, share or token that cannot be stored.
+        BadInput: a priority, share or token that cannot be stored; a token of a job of another recipe.
     """
     _check_priority(priority)
     for label in spec.labels:
@@ -97,7 +98,7 @@ def submit(
         if token is not None:
             row = tx.execute(sa.select(job).where(job.c.client_token == token)).first()
             if row is not None:
-                return _job(row), False
+                return _of_token(_job(row), spec, token), False
         recipe_id = _recipe(tx, spec)
         row = tx.execute(sa.select(job).where(job.c.recipe_id == recipe_id, job.c.finished_at.is_(None))).first()
         if row is not None:
@@ -124,6 +125,14 @@ def submit(
     return done
 
 
+def _of_token(found: Job, spec: JobSpec, token: str) -> Job:
+    if found.spec.digest != spec.digest:
+        raise BadInput(
+            f"the token {token!r} was given to job {found.id}, which computes something else; take a new one"
+        )
+    return found
+
+
 def start_planning(db: Database, job_id: int, planner: str) -> bool:
     """Become the one who plans this job; False when it is planned already or another process is at it.
 
@@ -146,11 +155,23 @@ def start_planning(db: Database, job_id: int, planner: str) -> bool:
 
 
 def abandoned_planning(db: Database) -> list[int]:
-    """Jobs whose planner was killed or has been silent for too long; one stopped in order is not among them."""
-    columns = (job.c.id, job.c.planner, (job.c.planner_beat_at < db_now() - PLANNER_LEASE_S).label("silent"))
-    where = (job.c.state == states.PLANNING, ~job.c.cancelled, job.c.planner.is_not(None))
-    rows = db.query(sa.select(*columns).where(*where))
-    return [row.id for row in rows if row.silent or processes.is_gone(row.planner)]
+    """Jobs whose planner was killed or has been silent for too long; one stopped in order is not among them.
+
+    Nor is one just submitted; but when its planner does not begin for as long, the submitter was killed in between.
+    """
+    _set_back(db)
+    last = sa.func.coalesce(job.c.planner_beat_at, job.c.created_at)
+    columns = (job.c.id, job.c.planner, (last < db_now() - PLANNER_LEASE_S).label("silent"))
+    begun_by = sa.or_(job.c.planner.is_not(None), job.c.planner_beat_at.is_(None))
+    rows = db.query(sa.select(*columns).where(job.c.state == states.PLANNING, ~job.c.cancelled, begun_by))
+    return [row.id for row in rows if row.silent or processes.is_gone(row.planner or "")]
+
+
+def _set_back(db: Database) -> None:
+    """A planner's beat from the future is from before the clock was set back: it counts from now on."""
+    ahead = sa.and_(job.c.state == states.PLANNING, job.c.planner_beat_at > db_now() + PLANNER_LEASE_S)
+    if db.query(sa.select(job.c.id).where(ahead)):
+        db.transact(lambda tx: tx.execute(sa.update(job).where(ahead).values(planner_beat_at=db_now())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +226,19 @@ def prune(db: Database, job_id: int, planner: str, ids: Sequence[int]) -> None:
         index.mark_pruned(tx, ids, pruned=True)
 
     db.transact(work)
+
+
+def put_back(db: Database, job_id: int, planner: str, ids: Sequence[int]) -> set[int]:
+    """Mark pruned items as back in the dataset; returns those that the collector has not taken away meanwhile.
+
+    Raises Conflict when this planner no longer plans the job.
+    """
+
+    def work(tx: Tx) -> set[int]:
+        _still_planning(tx, job_id, planner)
+        return index.mark_pruned(tx, ids, pruned=False)
+
+    return db.transact(work)
 
 
 def end_planning(db: Database, job_id: int, planner: str, *, pruned: int) -> None:
@@ -327,9 +361,11 @@ def _ending(tx: Tx, row: Any) -> tuple[str, str]:
         total(sa.func.sum(sa.case((final, shard.c.size), else_=0)), 0),
         total(sa.func.sum(shard.c.results), 0),
         total(sa.func.sum(shard.c.failures), 0),
+        total(sa.func.sum(shard.c.collected), 0),  # a job that stood still for days may outlive rows of its own
     )
-    items, results, failures = (int(n) for n in tx.execute(sums.where(shard.c.job_id == row.id)).one())
+    items, results, failures, collected = (int(n) for n in tx.execute(sums.where(shard.c.job_id == row.id)).one())
     rows = int(tx.execute(sa.select(sa.func.count()).select_from(item).where(item.c.job_id == row.id)).scalar_one())
+    rows += collected
     complete = items == results + failures == rows and (row.cancelled or row.planned == items)
     reason = (
         ""
@@ -404,6 +440,7 @@ def _job(row: Any) -> Job:
         priority=row.priority,
         force=row.force,
         only=row.only,
+        created_at=row.created_at,
     )
 
 

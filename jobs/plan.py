@@ -8,9 +8,12 @@ would not be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
+import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,16 +23,18 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
-from jobs import lifecycle, processes, sources
+from jobs import lifecycle, owners, processes, sources
 from jobs.lifecycle import Job, NewShard, Planned
 from jobs.sources import ImageRef
 from storage import index
 from storage.database import Database
-from storage.errors import BadInput, ImagemillError
+from storage.errors import BadInput, Conflict, ImagemillError
 from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import ManifestRow, read_manifest, write_manifest
 from storage.tables import shard
+
+log = logging.getLogger("imagemill.plan")
 
 _CHUNK = 8192  # references looked up at once
 _MANIFESTS = 256  # read at once
@@ -131,10 +136,17 @@ def plan(
         return None
     report = Report()
     try:
-        with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
-            planning = _Planning(db, store, settings, job, planner, report, pool, on_shards, on_wait)
-            seen = planning.run(on_progress)
-        report.pruned = 0 if job.only else _prune(db, job, planner, seen, report, prune_all)
+        owners.sign(store, job.id, job.created_at)
+        with _beating(db, job.id, planner):
+            with ThreadPoolExecutor(8, thread_name_prefix="manifest") as pool:
+                planning = _Planning(db, store, settings, job, planner, report, pool, on_shards, on_wait)
+                seen = planning.run(on_progress)
+            if report.duplicates:
+                report.notes.append(
+                    f"{report.duplicates} entries of the dataset have the key of an earlier one and were left out; if "
+                    "they are other images, give each a key of its own"
+                )
+            report.pruned = 0 if job.only else _prune(db, job, planner, seen, report, prune_all)
         lifecycle.end_planning(db, job.id, planner, pruned=report.pruned)
     except (ImagemillError, KeyboardInterrupt) as error:
         lifecycle.stop_planning(db, job.id, planner, str(error))
@@ -142,6 +154,32 @@ def plan(
     lifecycle.finish(db, job.id)
     on_progress(report)
     return report
+
+
+@contextlib.contextmanager
+def _beating(db: Database, job_id: int, planner: str) -> Iterator[None]:
+    """Keep the planner's claim from a thread of its own: a listing may take minutes before it names an image.
+
+    Without it another process would take over, begin the listing anew, and be taken over itself, for ever.
+    """
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(max(0.05, lifecycle.PLANNER_LEASE_S / 4)):
+            try:
+                lifecycle.keep_planning(db, job_id, planner)
+            except Conflict:
+                return  # the planner meets it itself, at its next write
+            except ImagemillError as error:
+                log.warning("job %d is planned, but that could not be said: %s", job_id, error)
+
+    thread = threading.Thread(target=run, name="planner-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=1)
 
 
 @dataclass
@@ -212,15 +250,16 @@ class _Planning:
         if not compare:
             return [(ref, False) for ref in refs], 0
         known = index.known(self.db, self.job.recipe_id, [ref.key for ref in refs])
-        stale, back = [], []
+        stale, back = [], {}
         for ref in refs:
             row = known.get(ref.key)
             if row is None or self.job.force or self.job.only or row.retry or row.fingerprint != ref.fingerprint:
                 stale.append((ref, row is not None))
             elif row.pruned:
-                back.append(row.item_id)
+                back[row.item_id] = ref
         if back:
-            self.db.transact(lambda tx: index.mark_pruned(tx, back, pruned=False))
+            there = lifecycle.put_back(self.db, self.job.id, self.planner, list(back))
+            stale += [(ref, False) for item_id, ref in back.items() if item_id not in there]
         return stale, len(refs) - len(stale)
 
     def _emit(self, fresh: int, duplicates: int, *, last: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 from jobs import leases, lifecycle, plan, queue, states
-from storage.database import Database, db_now
+from storage.database import Database
 from storage.errors import ImagemillError, Unavailable
 from storage.objects import open_store
 from storage.settings import Settings
@@ -31,7 +31,7 @@ class Reconciler:
     def __init__(self, db: Database, settings: Settings) -> None:
         self.db, self.settings = db, settings
         self._able_since = -float("inf")  # since when workers could beat, as far as this loop can tell
-        self._round_ended: float | None = None
+        self._clocks: tuple[float, float] | None = None  # the database's and this machine's, when a round ended
         self._planning: dict[int, threading.Thread] = {}  # job -> who goes on with its planning
         self._adopted: dict[int, float] = {}  # job -> when this copy last went on with its planning
 
@@ -46,20 +46,32 @@ class Reconciler:
 
     def round(self) -> None:
         """Every step once; a step that meets an outage does not keep the others from running."""
-        self._notice_sleep()
         try:
             self._round()
         finally:
-            self._round_ended = time.time()
+            self._clocks = self._both_clocks()
 
-    def _notice_sleep(self) -> None:
-        """A laptop that slept has workers that slept too; the wall clock counts that time, the monotonic does not."""
-        pause = self.settings.reconcile_seconds + max(10, self.settings.lease_seconds / 2)
-        if self._round_ended is not None and time.time() - self._round_ended > pause:
+    def _both_clocks(self) -> tuple[float, float] | None:
+        try:
+            return self.db.now(), time.monotonic()
+        except ImagemillError:
+            return None
+
+    def _notice_jump(self) -> None:
+        """Time in which nobody could beat: the database's clock was set forward, or counts what all of us slept.
+
+        The monotonic clock does not count the sleep of a machine, but does count a loop that was stopped with its
+        workers.
+        """
+        if self._clocks is None:
+            return
+        there, here = self.db.now() - self._clocks[0], time.monotonic() - self._clocks[1]
+        if max(there, here) > self.settings.reconcile_seconds + max(10, self.settings.lease_seconds / 2):
             self._able_since = time.monotonic()
 
     def _round(self) -> None:
         try:
+            self._notice_jump()
             self._timed(self.expire_processes)
             self.expire()
             self._timed(self.settle)
@@ -121,6 +133,8 @@ class Reconciler:
         """
         self._planning = {job_id: thread for job_id, thread in self._planning.items() if thread.is_alive()}
         for job_id in lifecycle.abandoned_planning(self.db):
+            if job_id in self._planning:
+                continue  # the database was away while this very copy is at it
             if len(self._planning) >= PLANNING_AT_ONCE:
                 return
             if time.monotonic() - self._adopted.get(job_id, -float("inf")) < ADOPT_AGAIN_S:
@@ -187,7 +201,7 @@ def refill(db: Database, settings: Settings, at_least: int = 0) -> int:
 
 def claimable(db: Database) -> dict[str, int]:
     """Queue -> shards that could be claimed now."""
-    ready = sa.and_(shard.c.state == sa.literal_column(f"'{states.READY}'"), shard.c.not_before <= db_now())
+    ready = sa.and_(shard.c.state == sa.literal_column(f"'{states.READY}'"), leases.is_due())
     open_job = sa.and_(job.c.finished_at.is_(None), ~job.c.paused, ~job.c.cancelled)
     query = sa.select(job.c.queue, sa.func.count()).join(shard, shard.c.job_id == job.c.id)
     rows = db.query(query.where(open_job, ready).group_by(job.c.queue))

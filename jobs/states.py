@@ -55,6 +55,9 @@ def ending(*, failures: int, cancelled: bool, complete: bool) -> str:
     return DONE_WITH_FAILURES if failures else DONE
 
 
-def backoff_s(times: int, base_s: float = 2, cap_s: float = 60) -> float:
+LONGEST_BACKOFF_S = 60.0
+
+
+def backoff_s(times: int, base_s: float = 2, cap_s: float = LONGEST_BACKOFF_S) -> float:
     """Pause before a shard that failed `times` times may run again: doubles each time, up to a cap."""
     return float(min(cap_s, base_s * 2 ** max(0, times - 1)))

@@ -55,8 +55,9 @@ class Repair:
 
     Attributes:
         rows: rows put back into the index from their objects.
-        again: items whose object is lost or changed; a job that computes them again has been submitted.
-        job_id: of that job, or None.
+        again: items whose object is lost or changed, to be computed again.
+        job_id: of the job that does so; None where there is nothing to do, or where another job of the recipe has not
+            ended: the next run does it then.
     """
 
     rows: int
@@ -77,7 +78,7 @@ def repair(db: Database, store: Store, job_id: int) -> Repair:
     new = None
     if again:
         new, _ = lifecycle.submit(db, owner.spec, name=f"repair of {job_id}", only="retry", priority=owner.priority)
-    return Repair(rows, again, new.id if new else None)
+    return Repair(rows, again, new.id if new and new.only == "retry" else None)
 
 
 def _shards(db: Database, job_id: int) -> Iterator[Any]:

@@ -106,6 +106,10 @@ class Database:
         """All rows of one SELECT, tried again like a transaction."""
         return self.ask(lambda tx: tx.execute(statement).fetchall(), self.patience_s)
 
+    def now(self) -> float:
+        """The database's clock, in seconds since the epoch; asked once, not again."""
+        return self.ask(lambda tx: float(tx.execute(sa.select(db_now())).scalar_one()), 0)
+
     def ask(self, question: Callable[[Tx], T], patience_s: float) -> T:
         """What `question` reads in a transaction of its own, asked again for so long while there is no answer."""
         deadline = time.monotonic() + patience_s

@@ -203,6 +203,8 @@ def from_os(error: OSError, what: str) -> ImagemillError:
         return NotFound(f"{what!r} does not exist: a part of that path is a file, not a folder")
     if isinstance(error, FileNotFoundError | IsADirectoryError):
         return NotFound(f"{what!r} does not exist")
+    if error.errno == errno.ELOOP:
+        return NotFound(f"{what!r} does not exist: its links go in a circle")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(f"no space left while writing {what!r}; free some, nothing committed is lost")
     if error.errno == errno.ENAMETOOLONG:

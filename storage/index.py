@@ -133,11 +133,14 @@ def current_keys(db: Database, recipe_id: int, page: int = 20_000) -> Iterator[l
         after = rows[-1][0]
 
 
-def mark_pruned(tx: Tx, ids: Sequence[int], *, pruned: bool) -> None:
-    """Mark rows as gone from the dataset, or as back in it."""
+def mark_pruned(tx: Tx, ids: Sequence[int], *, pruned: bool) -> set[int]:
+    """Mark rows as gone from the dataset, or as back in it; returns those that are there to be marked."""
+    there: set[int] = set()
     for part in _parts(ids):
         value = db_now() if pruned else None
-        tx.execute(sa.update(item).where(item.c.id.in_(part)).values(pruned_at=value))
+        change = sa.update(item).where(item.c.id.in_(part)).values(pruned_at=value)
+        there |= {row.id for row in tx.execute(change.returning(item.c.id))}
+    return there
 
 
 # ------------------------------------------------------------------------------------------------ questions

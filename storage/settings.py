@@ -16,6 +16,7 @@ from storage.errors import Misconfigured
 
 # The sun_path of a unix socket holds 108 bytes on Linux, 104 on macOS, with the closing NUL.
 _SOCKET_PATH_LIMIT = 100
+_NOT_IN_URLS = re.compile(r"[?#%]")  # what one of the libraries between us and the socket would take for syntax
 
 
 class Settings(BaseSettings):
@@ -24,7 +25,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="IMAGEMILL_", frozen=True, extra="ignore", allow_inf_nan=False)
 
     home: Path = Field(
-        default_factory=lambda: Path(platformdirs.user_data_dir("imagemill")),
+        default_factory=lambda: _user_data(),
         description="Folder for everything that has no URL of its own.",
     )
     database_url: str = Field("", description="SQL index: postgresql://user:password@host/db or sqlite:///path.")
@@ -73,7 +74,8 @@ class Settings(BaseSettings):
     @property
     def database(self) -> str:
         """URL of the SQL index."""
-        return self.database_url or f"sqlite:///{self.home / 'imagemill.db'}"
+        path = str(self.home / "imagemill.db").replace("%", "%25").replace("?", "%3F")
+        return self.database_url or f"sqlite:///{path}"
 
     @property
     def store(self) -> str:
@@ -92,9 +94,9 @@ class Settings(BaseSettings):
 
     @property
     def broker_socket(self) -> Path:
-        """The embedded broker's unix socket; in the temporary folder when the home folder's path is too long."""
+        """The embedded broker's unix socket; in the temporary folder when the home folder's path is none for it."""
         path = self.home / "run" / "valkey.sock"
-        if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT:
+        if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT and not _NOT_IN_URLS.search(str(path)):
             return path
         import hashlib
         import tempfile
@@ -106,6 +108,13 @@ class Settings(BaseSettings):
     def broker(self) -> str:
         """URL of the broker."""
         return self.broker_url or f"redis+socket://{self.broker_socket}?virtual_host=0"
+
+
+def _user_data() -> Path:
+    try:
+        return Path(platformdirs.user_data_dir("imagemill"))
+    except RuntimeError as error:  # no HOME, and a user that the system does not know, as in some containers
+        raise Misconfigured(f"there is no home folder ({error}); set IMAGEMILL_HOME") from None
 
 
 @lru_cache(maxsize=1)

@@ -458,6 +458,25 @@ def test_a_home_that_cannot_be_written(forker: Forker, tmp_path: Path) -> None:
         refused(forker.run(plain(home / "below"), "jobs"), 1, "Read-only file system", "IMAGEMILL_HOME")
 
 
+def test_a_folder_that_is_gone_and_a_model_that_leads_nowhere(forker: Forker, files: Path, tmp_path: Path) -> None:
+    """What the system refuses is one line wherever it is met."""
+    code = "import os, sys; os.rmdir(os.getcwd()); os.execvp(sys.argv[1], sys.argv[1:])"
+    (tmp_path / "cwd").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "imagemill", "annotate", ".", "--model", "stub"],
+        cwd=tmp_path / "cwd",
+        env=plain(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    refused(Answer(done.returncode, done.stderr.splitlines(), 0), 1, "No such file or directory")
+    looped = tmp_path / "loop.pt"
+    looped.symlink_to(looped)
+    stack = plain(tmp_path / "home")
+    answer = forker.run(stack, "annotate", str(files / "images"), "--model", str(looped), "--device", "cpu")
+    refused(answer, 2, "there is no model file")
+
+
 def test_a_home_on_a_full_disk(forker: Forker, tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "size=64k") as home:
         with contextlib.suppress(OSError):
@@ -492,6 +511,8 @@ def odd_pictures(folder: Path) -> dict[str, str]:
     noise.save(folder / "many-bytes.png")
     (folder / "gone.jpg").symlink_to(folder / "never-there.jpg")
     (folder / "outside.jpg").symlink_to("/etc/hostname")
+    (folder / "circle.jpg").symlink_to(folder / "circle.jpg")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     failed = {
         "truncated.jpg": "decode/truncated",
         "broken.png": "decode/corrupt",
@@ -500,6 +521,8 @@ def odd_pictures(folder: Path) -> dict[str, str]:
         "many-pixels.png": "decode/too-many-pixels",
         "many-bytes.png": "fetch/too-many-bytes",
         "gone.jpg": "fetch/not-found",
+        "circle.jpg": "fetch/not-found",
+        "phone.heic": "decode/unknown-format",
         "outside.jpg": "fetch/refused",
     }
     fine = ("sound.jpg", "cmyk.jpg", "sixteen-bit.png", "palette.png", "animated.gif", "one-pixel.png")
@@ -512,10 +535,11 @@ def test_each_odd_picture_is_one_row_with_its_reason(home: Path, tmp_path: Path)
     command = ("annotate", str(tmp_path / "odd"), "--model", "stub", "--device", "cpu", "--max-failures", "1")
     done = run_json(stack, *command)
     assert (done["state"], done["complete"]) == ("done with failures", True)
-    assert (done["results"], done["failures"]) == (6, 8)
+    assert (done["results"], done["failures"]) == (6, 10)
     found = rows(f"sqlite:///{home}/imagemill.db", "SELECT key, ok, stage, reason, message FROM item")
     assert {row.key: "" if row.ok else f"{row.stage}/{row.reason}" for row in found} == expected
     assert all("\n" not in (row.message or "") for row in found)
+    assert "convert it to JPEG" in next(row.message for row in found if row.key == "phone.heic")
     flow.check_all(stack, list(expected))
     again = run_json(stack, *command)
     assert (again["planned"], again["fresh"]) == (0, len(expected))

@@ -74,6 +74,11 @@ class Fleet:
             if slot.process is None and now >= slot.start_at and not self._stop.is_set():
                 self._launch(slot)
 
+    @property
+    def drained(self) -> bool:
+        """Whether every worker has ended in order and none is started again."""
+        return all(slot.start_at == math.inf for slot in self.slots)
+
     def drain(self, grace_s: float = _DRAIN_S) -> None:
         """Let every worker finish its batch and give back the rest; end by force what does not stop in time."""
         self._stop.set()

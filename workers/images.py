@@ -210,7 +210,8 @@ def _format_within(data: bytes, max_bytes: int) -> str:
         raise _failed("too-many-bytes", f"the file has {len(data)} bytes, over the limit of {max_bytes}")
     name = _format_of(data)
     if not name:
-        raise _failed("unknown-format", f"expected one of {', '.join(FORMATS)}, but the file starts {data[:8]!r}")
+        found = "is HEIC; convert it to JPEG" if _is_heic(data) else f"starts {data[:8]!r}"
+        raise _failed("unknown-format", f"expected one of {', '.join(FORMATS)}, but the file {found}")
     return name
 
 
@@ -228,9 +229,17 @@ def _format_of(data: bytes) -> str:
         return "WEBP"
     if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3] in (b" ", b"\t", b"\r", b"\n"):
         return "PPM"
-    # "mif1" files are AVIF or HEIC; the compatible brands that follow tell.
-    brands = data[8 : min(int.from_bytes(data[:4], "big"), 128)]
-    return "AVIF" if data[4:8] == b"ftyp" and (b"avif" in brands or b"avis" in brands) and _avif() else ""
+    brands = _brands(data)
+    return "AVIF" if (b"avif" in brands or b"avis" in brands) and _avif() else ""
+
+
+def _brands(data: bytes) -> bytes:
+    """What an ISO media file says it is; "mif1" files are AVIF or HEIC, and the compatible brands that follow tell."""
+    return data[8 : min(int.from_bytes(data[:4], "big"), 128)] if data[4:8] == b"ftyp" else b""
+
+
+def _is_heic(data: bytes) -> bool:
+    return any(brand in _brands(data) for brand in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"))
 
 
 @functools.cache

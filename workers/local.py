@@ -48,6 +48,11 @@ class Local:
         """Whether this process runs the workers."""
         return self._fleet is not None
 
+    @property
+    def drained(self) -> bool:
+        """Whether this process runs the workers, and somebody has drained all of them."""
+        return self._fleet is not None and self._fleet.drained
+
     def tend(self) -> None:
         """Start what does not run, unless another process has the lock. Call it a few times a second."""
         if self._lock is None and not self._take_lock():

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import plan, progress
+from jobs.lifecycle import Job
 from jobs.progress import Status
 from jobs.sources import results
 from jobs.spec import AUTO, JobSpec
@@ -190,15 +191,23 @@ def run(
     for step, spec in zip(steps, specs, strict=True):
         if step.source:
             runjob.check_not_empty(db, settings, spec)
-    jobs = [runjob.submit(db, spec, How(name=step.name), watcher) for step, spec in zip(steps, specs, strict=True)]
     with runjob.own_workers(settings, How(), watcher) as tend:
+
+        def see_out(other: Job) -> None:
+            _plan(db, store, settings, other, tend, errors)
+            _wait(db, [other.id], watcher, tend, errors)
+
+        errors: list[ImagemillError] = []
+        jobs = [
+            runjob.submit(db, spec, How(name=step.name), watcher, see_out)[0]
+            for step, spec in zip(steps, specs, strict=True)
+        ]
         lock = threading.Lock()
 
         def tend_alone() -> None:
             with lock:
                 tend()
 
-        errors: list[ImagemillError] = []
         threads = [threading.Thread(target=_plan, args=(db, store, settings, job, tend_alone, errors)) for job in jobs]
         for thread in threads:
             thread.daemon = True

@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jobs import lifecycle, plan, progress
+from jobs import lifecycle, plan, progress, states
 from jobs.lifecycle import Job
 from jobs.progress import Status
 from jobs.spec import JobSpec
 from storage import index
 from storage.database import Database
-from storage.errors import Misconfigured, Unavailable
+from storage.errors import Conflict, Misconfigured, Unavailable
 from storage.objects import Store
 from storage.settings import Settings
 
 POLL_S = 0.2
 _HINT_AFTER_S = 10  # without any live worker
+_PLANNED_BEFORE = "job {} was planned before; for images that have come or changed since, run the same command again"
 
 
 class Watcher(Protocol):
@@ -58,22 +59,27 @@ def run(db: Database, store: Store, settings: Settings, spec: JobSpec, how: How,
     Raises:
         BadInput: the dataset is empty; nothing was made.
         Unavailable: the broker does not answer; nothing was made.
-        Misconfigured: the job was paused, with the reason and the remedy.
+        Conflict: as `submit`.
+        Misconfigured: the job was paused, or this machine's own workers drained, with the reason and the remedy.
     """
     if how.wait and not settings.embedded:
         from jobs import queue
 
         queue.check(settings)  # now, rather than to wait in silence for workers that cannot hear
     check_not_empty(db, settings, spec)
-    job = submit(db, spec, how, watcher)
+    start = starter(settings)
     with own_workers(settings, how, watcher) as tend:
+
+        def see_out(other: Job) -> None:
+            _plan(db, store, settings, other, how, watcher, tend)
+            wait(db, other.id, watcher, tend, start)
+
+        job, new = submit(db, spec, how, watcher, see_out)
         report = _plan(db, store, settings, job, how, watcher, tend)
-        notes = report.notes if report else []
-        for note in notes:
-            watcher.say(f"note: {note}")
+        notes = report.notes if report else [] if new else [_PLANNED_BEFORE.format(job.id)]
         if not how.wait:
             return Ran(progress.status(db, job.id), notes)
-        return Ran(wait(db, job.id, watcher, tend), notes)
+        return Ran(wait(db, job.id, watcher, tend, start), notes)
 
 
 def check_not_empty(db: Database, settings: Settings, spec: JobSpec) -> None:
@@ -82,28 +88,49 @@ def check_not_empty(db: Database, settings: Settings, spec: JobSpec) -> None:
     plan.check_not_empty(spec.dataset, known is not None and index.has_items(db, known), settings)
 
 
-def submit(db: Database, spec: JobSpec, how: How, watcher: Watcher) -> Job:
-    """A new job for the spec, or the unfinished one of its recipe."""
-    job, new = lifecycle.submit(
-        db,
-        spec,
-        name=how.name,
-        priority=how.priority,
-        force=how.force,
-        token=how.token,
-        max_failures=how.max_failures,
-    )
-    watcher.say(f"job {job.id}: {spec.model} over {spec.dataset}" + ("" if new else " (continued)"))
-    return job
+def submit(db: Database, spec: JobSpec, how: How, watcher: Watcher, see_out: Callable[[Job], None]) -> tuple[Job, bool]:
+    """A new job for the spec, or the unfinished one of its recipe if that does what is asked; and whether it is new.
+
+    Args:
+        see_out: brings an unfinished job of the recipe that does less to its end; then a new one is made.
+
+    Raises:
+        Conflict: there is such a job, and nobody waits for its end.
+    """
+    options = {name: getattr(how, name) for name in ("name", "priority", "force", "token", "max_failures")}
+    while True:
+        job, new = lifecycle.submit(db, spec, **options)
+        lacks = "" if new else _lacks(job, how)
+        if not lacks:
+            watcher.say(f"job {job.id}: {spec.model} over {spec.dataset}" + ("" if new else " (continued)"))
+            return job, new
+        if not how.wait:
+            raise Conflict(f"job {job.id} of the same recipe {lacks}; run this again when it has ended")
+        watcher.say(f"job {job.id} of the same recipe {lacks}; a new one follows when it has ended")
+        see_out(job)
 
 
-def wait(db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] = lambda: None) -> Status:
+def _lacks(job: Job, how: How) -> str:
+    """Why an unfinished job of the recipe does less than what is asked, or ""."""
+    if job.state in states.JOB_FINAL:
+        return ""  # a repeated token's
+    if job.cancelled:
+        return "is being cancelled"
+    if job.only:
+        return "only computes again what failed"
+    return "was begun without --force" if how.force and not job.force else ""
+
+
+def wait(
+    db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] = lambda: None, start: str = "imagemill up"
+) -> Status:
     """Follow a job to its end. Raises Misconfigured when it is paused, with the reason and the remedy.
 
     Args:
         tend: called a few times a second meanwhile.
+        start: the command that starts workers, for when there are none.
     """
-    hint_at = time.monotonic() + _HINT_AFTER_S
+    seen_at = time.monotonic()  # a live worker
     while True:
         with contextlib.suppress(Unavailable):
             status = progress.status(db, job_id)
@@ -113,12 +140,18 @@ def wait(db: Database, job_id: int, watcher: Watcher, tend: Callable[[], None] =
             if status.state == "paused":
                 remedy = status.reason or f"go on with: imagemill resume {job_id}"
                 raise Misconfigured(f"job {job_id} is paused: {remedy}")
-            if hint_at is not None and time.monotonic() > hint_at:
-                hint_at = float("inf")
+            if time.monotonic() - seen_at > _HINT_AFTER_S:
+                seen_at = time.monotonic()
                 if not progress.workers(db):
-                    watcher.say(f"no live worker serves queue {status.spec['queue']}; start one with: imagemill worker")
+                    seen_at += 5 * _HINT_AFTER_S  # not said again for a minute
+                    watcher.say(f"no live worker serves queue {status.spec['queue']}; start one with: {start}")
         tend()
         time.sleep(POLL_S)
+
+
+def starter(settings: Settings) -> str:
+    """The command that starts workers here."""
+    return "imagemill up" if settings.embedded else "imagemill worker"
 
 
 @contextlib.contextmanager
@@ -130,8 +163,14 @@ def own_workers(settings: Settings, how: How, watcher: Watcher) -> Iterator[Call
     from workers.local import Local
 
     with Local(settings, how.device) as local:
+
+        def tend() -> None:
+            local.tend()
+            if local.drained:
+                raise Misconfigured("the workers of this machine were drained; the same command goes on with the job")
+
         try:
-            yield local.tend
+            yield tend
         except KeyboardInterrupt:
             watcher.say("stopping: what is done is kept; the same command continues (again Ctrl-C: at once)")
             try:
@@ -164,4 +203,8 @@ def _plan(
             ring(db, settings, tend)
 
     options: dict[str, Any] = {"prune_all": how.prune_all, "on_progress": watcher.planning}
-    return plan.plan(db, store, settings, job, on_shards=on_shards, on_wait=tend, **options)
+    try:
+        return plan.plan(db, store, settings, job, on_shards=on_shards, on_wait=tend, **options)
+    except Conflict as error:
+        watcher.say(str(error))  # how the job goes on says its status
+        return None

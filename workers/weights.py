@@ -52,23 +52,35 @@ def _hidden(path: Path) -> bool:
 
 
 def publish(store: Store, path: Path, sha256: str) -> str:
-    """Put weights where every worker finds them; returns their key. What is there already is left alone."""
+    """Put weights where every worker finds them; returns their key. What is there already is left alone.
+
+    Raises BadInput when the file was replaced since its sha256 was taken: what was put is taken away again, since under
+    that key it would be in the way of the right file for ever.
+    """
     if path.is_dir():
         return _publish_folder(store, path, sha256)
     key = f"weights/{sha256}/{path.name}"
-    there = store.stat(key)
-    if there is None or there.size != path.stat().st_size:
-        store.put_file(key, path)
+    _put_file(store, key, path, sha256)
     return key
+
+
+def _put_file(store: Store, key: str, path: Path, sha256: str) -> None:
+    there = store.stat(key)
+    if there is not None and there.size == path.stat().st_size:
+        return
+    store.put_file(key, path)
+    if sha256_of(path) != sha256:
+        store.delete([key])
+        raise BadInput(f"the weights {str(path)!r} were replaced while they were read; run the same command again")
 
 
 def _publish_folder(store: Store, folder: Path, sha256: str) -> str:
     base = f"weights/{sha256}/{folder.name}"
     listing = _listing(folder)
-    for name in json.loads(listing):
-        there = store.stat(f"{base}/{name}")
-        if there is None or there.size != (folder / name).stat().st_size:
-            store.put_file(f"{base}/{name}", folder / name)
+    if hashlib.sha256(listing).hexdigest() != sha256:
+        raise BadInput(f"the model folder {str(folder)!r} was changed while it was read; run the same command again")
+    for name, pinned in json.loads(listing).items():
+        _put_file(store, f"{base}/{name}", folder / name, pinned)
     store.put(base + _LIST, listing)
     return base + _LIST
 

@@ -33,6 +33,7 @@ KEY_LIMIT = 1024  # bytes; S3's own limit for a key
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif"}
+    | {".heic", ".heif"}  # which nothing here decodes: a failure row says so, where a file left out would say nothing
 )
 
 MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
@@ -122,6 +123,34 @@ def escaped_key(text: str) -> str:
         cut = key.encode()[: KEY_LIMIT - 72].decode("utf-8", "ignore").rstrip("/")
         key = f"{cut}~{digest}{os.path.splitext(key)[1][:8]}"
     return safe_key(key)
+
+
+class Keys:
+    """The keys of a listing's names, which come sorted: each name its own, also when two are equal once normalised.
+
+    Both spellings of an accented letter are names of different files. The one that is not NFC sorts first, and takes
+    the NFC key as everywhere; a name that comes after it with that key has its bytes spelled out as %XX instead. The
+    few letters that sort after their NFC form, such as the Kelvin sign, are always spelled out.
+    """
+
+    def __init__(self) -> None:
+        self._changed: set[int] = set()  # hashes of the keys that are not their names
+
+    def of(self, name: str) -> str:
+        """The key of the next name."""
+        if name.isascii():
+            return escaped_key(name)
+        key = unicodedata.normalize("NFC", name)
+        number = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        taken = number in self._changed or key < name
+        if key != name:
+            self._changed.add(number)
+        return escaped_key(_spelled_out(name) if taken else key)
+
+
+def _spelled_out(name: str) -> str:
+    """The name with each byte beyond ASCII as a surrogate, which `escaped_key` turns into %XX."""
+    return name.encode("utf-8", "surrogateescape").decode("ascii", "surrogateescape")
 
 
 def _percent(match: re.Match[str]) -> str:

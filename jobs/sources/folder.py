@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.sources import FILE_SUFFIXES, IMAGE_SUFFIXES, ImageRef, escaped_key, is_under, stat_fingerprint
+from jobs.sources import FILE_SUFFIXES, IMAGE_SUFFIXES, ImageRef, Keys, is_under, stat_fingerprint
 from storage.errors import BadInput, Unavailable
 from storage.objects import local_path
 from storage.settings import Settings
@@ -75,14 +75,14 @@ def _check(path: str) -> None:
 
 
 def _walk(root: str, roots: list[str]) -> Iterator[ImageRef]:
-    todo = [""]
+    todo, keys = [""], Keys()
     while todo:
         prefix = todo.pop()
         folder = os.path.join(root, prefix) if prefix else root
         files, subfolders, identity = _scan(folder)
         todo.extend(f"{prefix}{name}/" for name in reversed(subfolders))
         for name in files:
-            yield _ref(folder, name, prefix, roots, identity)
+            yield _ref(folder, name, keys.of(prefix + name), roots, identity)
 
 
 def _scan(folder: str) -> tuple[list[str], list[str], tuple[int, int]]:
@@ -109,8 +109,7 @@ def _is_linked_folder(entry: os.DirEntry[str]) -> bool:
     return False
 
 
-def _ref(folder: str, name: str, prefix: str, roots: list[str], identity: tuple[int, int]) -> ImageRef:
-    key = escaped_key(prefix + name)
+def _ref(folder: str, name: str, key: str, roots: list[str], identity: tuple[int, int]) -> ImageRef:
     path = os.path.join(folder, name)
     try:
         info = os.lstat(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from jobs.sources import FILE_SUFFIXES, IMAGE_SUFFIXES, ImageRef, escaped_key
+from jobs.sources import FILE_SUFFIXES, IMAGE_SUFFIXES, ImageRef, Keys
 from storage.errors import BadInput
 from storage.settings import Settings, masked
 
@@ -32,11 +32,11 @@ def _listed(bucket: str, prefix: str, settings: Settings) -> Iterator[ImageRef]:
     from storage import s3
 
     base = f"s3://{bucket}/{prefix}/" if prefix else f"s3://{bucket}/"
-    empty = True
+    empty, keys = True, Keys()
     for found in s3.store(bucket, prefix, settings).list():
         if _is_image(found.key):
             empty = False
-            yield ImageRef(escaped_key(found.key), base + found.key, f"etag:{found.etag}+{found.size}")
+            yield ImageRef(keys.of(found.key), base + found.key, f"etag:{found.etag}+{found.size}")
     if empty and os.path.splitext(prefix)[1].lower() in IMAGE_SUFFIXES:
         raise BadInput(f"{base[:-1]!r} is not a folder; give the prefix above it, or a .txt manifest that lists it")
 

@@ -27,8 +27,6 @@ WALL_CLOCKS = {
 
 # Where the wall clock may be read, and why it decides nothing that could lose or double an item.
 ALLOWED = {
-    ("jobs/reconcile.py", "round"): "when a round ended, for the next line",
-    ("jobs/reconcile.py", "_notice_sleep"): "two readings of one clock; a jump only delays an expiry by one lease",
     ("jobs/collect.py", "_clock"): "only on a disk too full to hold a mark of its own clock",
     ("storage/folder.py", "_walk"): "temporary files of writers killed a day ago; a writer needs seconds",
     ("storage/s3.py", "credentials"): "how long obstore keeps credentials before it asks again",

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -496,6 +497,27 @@ def test_what_is_given_back_unharmed_has_no_suspects(db: Database, me: str) -> N
     leases.suspect(db, again, me, [5], killers=[2])
     leases.retire(db, me)
     assert claimed(db, new_worker(db)).checkpoint == {"killers": [2]}
+
+
+def test_a_worker_that_leaves_while_it_claims_crashed_nothing(
+    db: Database, me: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saying goodbye waits for the claim, or the claim for it: no shard stays with somebody who is gone."""
+    planned_job(db, shards=1)
+    real = leases._candidates
+    leaving = threading.Thread(target=leases.retire, args=(db, me))
+
+    def candidates(*args: Any) -> Any:
+        leaving.start()
+        leaving.join(0.5)
+        return real(*args)
+
+    monkeypatch.setattr(leases, "_candidates", candidates)
+    claim = claimed(db, me)
+    leaving.join(10)
+    assert leases.expire_shards(db) == 0
+    row = shard_row(db, claim)
+    assert (row.state, row.crashes) == (states.READY, 0)
 
 
 def test_release_all_gives_back_what_a_lost_answer_leased(db: Database, me: str) -> None:

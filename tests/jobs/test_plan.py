@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
+import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jobs import leases, lifecycle, plan, sources, states
+from jobs import collect, leases, lifecycle, plan, sources, states
 from jobs.lifecycle import Job
 from jobs.plan import Report, Seen
 from storage import index, objects
@@ -177,6 +179,66 @@ def test_an_image_that_comes_back_is_not_computed_again(db: Database, store: Sto
     assert "02.jpg" in {found.key for found in index.find(db, 1)}
 
 
+def away_for_long(db: Database, store: Store, data: Path) -> None:
+    """One image has left the dataset, and its row is due to be collected; then the image is back, as it was."""
+    brought_up_to_date(db, store, data)
+    stat = (data / "02.jpg").stat()
+    (data / "02.jpg").unlink()
+    assert brought_up_to_date(db, store, data).pruned == 1
+    execute(db, sa.update(item).where(item.c.pruned_at.is_not(None)).values(pruned_at=1.0))
+    fill(data, ["02.jpg"])
+    os.utime(data / "02.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def after(real: Any, then: Any) -> Any:
+    """A function that lets something happen between what it read and what its caller does with that."""
+
+    def answered(*args: Any, **more: Any) -> Any:
+        answer = real(*args, **more)
+        then()
+        return answer
+
+    return answered
+
+
+def test_an_image_that_comes_back_while_its_row_is_collected_is_computed(
+    db: Database, store: Store, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away_for_long(db, store, data)
+    monkeypatch.setattr(index, "known", after(index.known, lambda: collect.collect(db, store, Settings())))
+    assert numbers(brought_up_to_date(db, store, data)) == (20, 1, 19, 0)
+    assert "02.jpg" in {found.key for found in index.find(db, 1)}
+
+
+def test_the_collector_leaves_an_image_that_comes_back_meanwhile(
+    db: Database, store: Store, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away_for_long(db, store, data)
+
+    def listed(*args: Any) -> Iterator[list[int]]:
+        for ids in real(*args):
+            assert numbers(brought_up_to_date(db, store, data)) == (20, 0, 20, 0)
+            yield ids
+
+    real = collect._pruned
+    monkeypatch.setattr(collect, "_pruned", listed)
+    assert collect.collect(db, store, Settings()).rows == 0
+    found = [row for row in index.find(db, 1) if row.key == "02.jpg"]
+    assert found[0].labels == {"dog": 1}
+
+
+def test_a_planner_that_was_taken_over_puts_nothing_back(
+    db: Database, store: Store, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away_for_long(db, store, data)
+    found = submitted(db, data)
+    other = lambda: execute(db, sa.update(job).where(job.c.id == found.id).values(planner="other"))  # noqa: E731
+    monkeypatch.setattr(index, "known", after(index.known, other))
+    with pytest.raises(Conflict):
+        plan.plan(db, store, Settings(), found)
+    assert count(db, item, item.c.pruned_at.is_not(None)) == 1
+
+
 def test_an_image_that_comes_back_changed_is_computed(db: Database, store: Store, data: Path) -> None:
     brought_up_to_date(db, store, data)
     (data / "02.jpg").unlink()
@@ -217,6 +279,7 @@ def test_duplicates_are_counted_and_planned_once(
     assert (report.listed, report.planned, report.duplicates) == (40, 20, 20)
     assert len(set(manifest_keys(db, store, found))) == 20
     assert job_row(db, found).duplicates == 20
+    assert "20 entries of the dataset have the key of an earlier one" in report.notes[0]
 
 
 # --- pruning --------------------------------------------------------------------------------------------------------
@@ -384,6 +447,25 @@ def test_a_planner_that_was_taken_over_stops(
     assert len(keys) == len(set(keys)) == 20
     assert job_row(db, found).planned == 20
     assert lifecycle.get(db, found.id).state == states.RUNNING
+
+
+def test_a_planner_whose_dataset_names_nothing_for_long_is_not_taken_over(
+    db: Database, store: Store, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = submitted(db, data)
+    monkeypatch.setattr(lifecycle, "PLANNER_LEASE_S", 0.6)
+    real = sources.refs
+
+    def refs(uri: str, settings: Settings) -> Iterator[sources.ImageRef | None]:
+        for _ in range(8):
+            time.sleep(0.2)
+            assert lifecycle.abandoned_planning(db) == []
+            assert not lifecycle.start_planning(db, found.id, "another")
+        yield from real(uri, settings)
+
+    monkeypatch.setattr(sources, "refs", refs)
+    assert planned(db, store, found).planned == 20
+    assert not [thread for thread in threading.enumerate() if thread.name == "planner-beat"]
 
 
 def test_a_cancelled_job_stops_its_planner(

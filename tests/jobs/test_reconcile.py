@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from jobs import leases, lifecycle, queue, reconcile, states
-from jobs.reconcile import Reconciler
+from jobs.reconcile import Reconciler, claimable
 from storage.database import Database
 from storage.errors import Misconfigured, Unavailable
 from storage.settings import Settings
@@ -191,7 +191,7 @@ def _unavailable(*args: object, **kwargs: object) -> None:
     raise Unavailable("the database is away")
 
 
-def test_nobody_is_blamed_after_the_machine_slept(
+def test_nobody_is_blamed_after_the_machine_slept_or_the_clock_was_set_forward(
     db: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned_job(db, shards=1)
@@ -200,13 +200,41 @@ def test_nobody_is_blamed_after_the_machine_slept(
     loop = Reconciler(db, settings)
     loop.round()
     age(db, worker_id, 8 * 3600)
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() + 8 * 3600)
+    real = Database.now
+    monkeypatch.setattr(Database, "now", lambda self: real(self) + 8 * 3600)
     loop.round()
     assert shard_row(db, held).state == states.LEASED
     leases.beat(db, worker_id, progress={}, items=0, rate=0, model="")
     loop.round()
     assert row_of(db, worker, worker_id).state == leases.LIVE
+
+
+def test_nothing_waits_for_a_clock_that_was_set_back(
+    db: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written by the earlier clock lies hours ahead: a pause, a dead worker's last beat, a dead planner's."""
+    planned_job(db, shards=2)
+    planning, _ = lifecycle.submit(db, spec("/planning"))
+    assert lifecycle.start_planning(db, planning.id, "elsewhere")
+    dead, live = new_worker(db), new_worker(db)
+    held, resting = claimed(db, dead), claimed(db, live)
+    assert leases.fail(db, resting, live, "x")
+    assert leases.claim(db, live, "cpu", None) is None, "its pause is not over yet"
+    execute(db, sa.update(shard).where(shard.c.id == resting.shard_id).values(not_before=shard.c.not_before + 3600))
+    execute(db, sa.update(worker).values(heartbeat_at=worker.c.heartbeat_at + 3600))
+    execute(db, sa.update(job).values(planner_beat_at=job.c.planner_beat_at + 3600))
+    assert claimable(db) == {"cpu": 1}
+    assert claimed(db, live).shard_id == resting.shard_id
+    loop = Reconciler(db, settings)
+    loop.round()
+    assert {row_of(db, worker, w).state for w in (dead, live)} == {leases.LIVE}, "nobody is blamed for the clock"
+    assert lifecycle.abandoned_planning(db) == []
+    age(db, dead, settings.lease_seconds + 1)
+    execute(db, sa.update(job).values(planner_beat_at=job.c.planner_beat_at - lifecycle.PLANNER_LEASE_S - 1))
+    assert lifecycle.abandoned_planning(db) == [planning.id]
+    loop.expire()
+    assert shard_row(db, held).state == states.READY
+    assert row_of(db, worker, live).state == leases.LIVE
 
 
 def test_a_new_loop_takes_back_what_was_left_long_ago(db: Database, settings: Settings) -> None:

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.broker import Broker
 from storage import settings
 from storage.errors import Misconfigured
+from storage.objects import open_store
 from storage.settings import Settings, masked
+from tests.support import opened
 
 SECRET = "s3cr3t-Pa55"
 
@@ -37,6 +40,29 @@ def test_home_has_a_place_when_it_is_not_set(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("IMAGEMILL_HOME")
     settings.load.cache_clear()
     assert settings.load().home.is_absolute()
+
+
+def test_no_home_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that runs as a user nobody has entered anywhere."""
+    for name in ("HOME", "XDG_DATA_HOME", "IMAGEMILL_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    settings.load.cache_clear()
+    with pytest.raises(Misconfigured, match="set IMAGEMILL_HOME"):
+        settings.load()
+
+
+@pytest.mark.parametrize("name", ["q?x=1", "q#x", "q%41x", "q x", "qé+@:x"])
+def test_a_home_of_any_name_keeps_everything_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """What a URL would take for syntax leads to no other folder."""
+    home = tmp_path / name
+    found = load(monkeypatch, home=str(home))
+    with opened(found.database):
+        open_store(found.store).put("a/b", b"x")
+    broker = Broker(found)
+    broker.stop()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {"imagemill.db", "store", "logs"} <= {path.name for path in home.iterdir()}
 
 
 def test_urls_win(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,46 @@ def test_other_bytes_than_pinned_are_refused_and_not_kept(tmp_path: Path, file: 
     with pytest.raises(Misconfigured, match="not the file that was pinned"):
         weights.fetch(store, "weights/x/model.pt", weights.sha256_of(file), tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+class Replacing:
+    """A store before which the file at a path is replaced, by one of the same size, when its bytes are asked for."""
+
+    def __init__(self, store: Any, path: Path) -> None:
+        self._store, self._path = store, path
+
+    def put_file(self, key: str, path: Path) -> None:
+        self._path.write_bytes(self._path.read_bytes()[::-1])
+        self._store.put_file(key, path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_file_replaced_between_its_sha256_and_its_bytes(store_url: str, file: Path, tmp_path: Path) -> None:
+    """It is refused, and nothing that lies about its sha256 stays behind to fail the right file for ever."""
+    store, right = open_store(store_url, load()), file.read_bytes()
+    sha256 = weights.sha256_of(file)
+    with pytest.raises(BadInput, match="were replaced while they were read"):
+        weights.publish(Replacing(store, file), file, sha256)
+    assert list(store.list("weights/")) == []
+    file.write_bytes(right)
+    key = weights.publish(store, file, sha256)
+    assert weights.fetch(store, key, sha256, tmp_path / "cache").read_bytes() == right
+
+
+def test_a_folder_changed_while_it_is_published(model_folder: Path, tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri(), load())
+    sha256 = weights.sha256_of(model_folder)
+    changed = next(path for path in sorted(model_folder.rglob("*")) if path.is_file() and path.stat().st_size > 1)
+    right = changed.read_bytes()
+    with pytest.raises(BadInput, match="were replaced while they were read"):
+        weights.publish(Replacing(store, changed), model_folder, sha256)
+    with pytest.raises(BadInput, match="was changed while it was read"):
+        weights.publish(store, model_folder, sha256)
+    changed.write_bytes(right)
+    key = weights.publish(store, model_folder, sha256)
+    assert weights.sha256_of(weights.fetch(store, key, sha256, tmp_path / "cache")) == sha256
 
 
 def test_missing_weights_say_so(tmp_path: Path) -> None:

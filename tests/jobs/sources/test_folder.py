@@ -138,11 +138,14 @@ def test_odd_names_are_rows_that_open(tmp_path: Path) -> None:
     assert all(sources.safe_key(key) == key for key in keys)
 
 
-def test_names_equal_after_normalisation_are_both_listed(tmp_path: Path) -> None:
-    write(tmp_path, "\u00e9.png", "e\u0301.png")
+def test_names_equal_after_normalisation_are_images_of_their_own(tmp_path: Path) -> None:
+    names = ["\u00e9.png", "e\u0301.png", "\u212a.png", "K.png", "only e\u0301.png", "e%CC%81.png"]
+    names += [f"{folder}/{name}.png" for folder in ("\u00fc", "u\u0308") for name in ("\u00e9", "e\u0301")]
+    write(tmp_path, *names)
     found = listed(tmp_path)
-    assert [ref.key for ref in found] == ["\u00e9.png"] * 2
-    assert len({ref.uri for ref in found}) == 2
+    assert len({ref.key for ref in found}) == len({ref.uri for ref in found}) == len(names)
+    assert {"\u00e9.png", "%C3%A9.png", "K.png", "%E2%84%AA.png", "only \u00e9.png"} <= {ref.key for ref in found}
+    assert found == listed(tmp_path)
 
 
 def test_long_paths_are_listed(tmp_path: Path) -> None:
@@ -259,5 +262,6 @@ def test_any_name_is_one_row_that_opens(tmp_path_factory: pytest.TempPathFactory
     write(root, *wanted)
     found = listed(root)
     assert sorted(objects.read(ref.uri, Settings()) for ref in found) == sorted(wanted)
+    assert len({ref.key for ref in found}) == len(wanted)
     assert all(sources.safe_key(ref.key) == ref.key for ref in found)
     assert [ref.key for ref in listed(root)] == [ref.key for ref in found]

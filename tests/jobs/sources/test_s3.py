@@ -43,6 +43,13 @@ def test_images_below_the_prefix(seaweed: SeaweedFS, s3_url: str) -> None:
     assert list(sources.refs(f"{s3_url}/photos/", Settings())) == found
 
 
+def test_names_equal_after_normalisation_are_images_of_their_own(seaweed: SeaweedFS, s3_url: str) -> None:
+    put(seaweed, s3_url, "p/\u00e9.jpg", "p/e\u0301.jpg", "p/only e\u0301.jpg")
+    found = list(sources.refs(f"{s3_url}/p", Settings()))
+    assert {ref.key for ref in found} == {"\u00e9.jpg", "%C3%A9.jpg", "only \u00e9.jpg"}
+    assert len({objects.read(ref.uri, Settings()) for ref in found}) == 3
+
+
 def test_a_whole_bucket(seaweed: SeaweedFS, s3_url: str) -> None:
     bucket = seaweed.new_bucket()
     put(seaweed, f"s3://{bucket}/d", "a.jpg")
