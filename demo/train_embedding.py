@@ -1,6 +1,6 @@
 """Knows how the demo's backbone is made: cuts shapes out of drawn scenes, trains a small ResNet to put like by like.
 
-Run it from any folder: `python demo/train_embedding.py --images 2500 --steps 1500 --out demo/shapes-resnet`. The folder
+Run it from any folder: `python demo/train_embedding.py --images 1200 --steps 900 --out demo/shapes-resnet`. The folder
 is as timm saves and loads it, with a classifier of the six shapes beside the vectors.
 """
 
@@ -29,7 +29,7 @@ CHECK_IMAGES = 100  # looked at only after the last step, so they choose nothing
 ARCHITECTURE = "resnet18"  # timm's name; the arguments make it a small one
 MODEL_ARGS = {"layers": [1, 1, 1, 1], "channels": [24, 48, 72, 96], "stem_type": "deep", "stem_width": 12}
 SIDE = 64  # of the input, in pixels
-BATCH = 96
+BATCH = 64
 JITTER = 0.08  # of a box's side: how far each edge of a cut may be off
 TEMPERATURE = 0.1  # of the contrastive loss
 
@@ -75,7 +75,7 @@ def varied(rng: np.random.RandomState, cut: Crops) -> Any:
     images = torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     gain = rng.uniform(0.6, 1.3, (count, 3, 1, 1)) * rng.choice([-1.0, 1.0], (count, 1, 1, 1))  # negatives too
     shift = rng.uniform(-0.15, 0.15, (count, 3, 1, 1))
-    noise = rng.standard_normal(images.shape) * rng.uniform(0, 0.05, (count, 1, 1, 1))
+    noise = rng.standard_normal((count, 1, SIDE, SIDE)) * rng.uniform(0, 0.05, (count, 1, 1, 1))
     images = (images[:, rng.permutation(3)] - 0.5) * torch.from_numpy(gain) + 0.5 + torch.from_numpy(shift + noise)
     return images.clamp(0, 1).float()
 
@@ -87,7 +87,7 @@ def network() -> Any:
     """A ResNet of timm with random weights, which says itself how its pictures are to be prepared."""
     import timm
 
-    model = timm.create_model(
+    return timm.create_model(
         ARCHITECTURE,
         num_classes=len(scenes.LABELS),
         pretrained_cfg={
@@ -105,7 +105,6 @@ def network() -> Any:
         },
         **MODEL_ARGS,
     )
-    return model
 
 
 def features(model: Any, images: Any) -> Any:
@@ -138,6 +137,7 @@ def train(cut: Crops, classes: Classes, steps: int, seed: int, rate: float) -> A
 
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     rng = np.random.RandomState(seed)
     model = network().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
@@ -190,8 +190,8 @@ def save(model: Any, out: Path) -> None:
 def main() -> None:
     """Read the command line, train and write the folder."""
     parser = argparse.ArgumentParser(description="Train the demo's backbone from scratch on drawn shapes.")
-    parser.add_argument("--images", type=int, default=2500, help="number of training scenes")
-    parser.add_argument("--steps", type=int, default=1500, help=f"steps of {BATCH} shapes")
+    parser.add_argument("--images", type=int, default=1200, help="number of training scenes")
+    parser.add_argument("--steps", type=int, default=900, help=f"steps of {BATCH} shapes")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED, help="series of the training scenes")
     parser.add_argument("--rate", type=float, default=0.004, help="highest learning rate")
     parser.add_argument("--out", type=Path, default=HERE / "shapes-resnet", help="where the folder goes")
