@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,15 +238,13 @@ def box_iou(first: Box, second: Box) -> float:
     return shared / (area - shared)
 
 
-def visible_masks(shapes: list[Placed]) -> list[Bools]:
-    """Return the pixels of each shape (given back to front) that no later shape covers."""
-    masks: list[Bools] = []
+def visible_masks(shapes: list[Placed]) -> Iterator[Bools]:
+    """Yield the pixels of each shape (given back to front) that no later shape covers."""
     for i, shape in enumerate(shapes):
         visible = shape.solid.copy()
         for later in shapes[i + 1 :]:
             visible &= ~later.solid
-        masks.append(visible)
-    return masks
+        yield visible
 
 
 def visible_boxes(shapes: list[Placed]) -> list[Box] | None:
