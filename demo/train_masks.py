@@ -227,8 +227,8 @@ def batch_of(rng: np.random.RandomState, drawn: list[Example]) -> tuple[Any, Any
     )
 
 
-def train(drawn: list[Example], steps: int, seed: int, rate: float, start: Path | None = None) -> Any:
-    """Train on the CPU from random weights, or from those of a file; return the network after the last step."""
+def train(drawn: list[Example], steps: int, seed: int, rate: float) -> Any:
+    """Train from random weights on the CPU; return the network after the last step."""
     import torch
 
     torch.manual_seed(seed)
@@ -236,8 +236,6 @@ def train(drawn: list[Example], steps: int, seed: int, rate: float, start: Path 
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     rng = np.random.RandomState(seed)
     sam = network()
-    if start is not None:
-        sam.load_state_dict(torch.load(start, weights_only=True))
     optimizer = torch.optim.AdamW(sam.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     warm = max(1, min(300, steps // 10))
     cosine = torch.optim.lr_scheduler.LambdaLR(
@@ -293,7 +291,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2200, help=f"steps of {BATCH} pictures")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED, help="series of the training scenes")
     parser.add_argument("--rate", type=float, default=0.002, help="learning rate after the warm-up")
-    parser.add_argument("--start", type=Path, default=None, help="weights to go on from (default: random ones)")
     parser.add_argument("--out", type=Path, default=HERE / "shapes-sam.pth", help="where the weights go")
     args = parser.parse_args()
     if args.seed in RESERVED_SEEDS:
@@ -304,7 +301,7 @@ def main() -> None:
     started = time.monotonic()
     drawn = [example(scenes.make_scene(args.seed, index)) for index in range(args.images)]
     print(f"{len(drawn)} scenes drawn in {time.monotonic() - started:.0f} s", flush=True)
-    sam = train(drawn, args.steps, args.seed, args.rate, args.start)
+    sam = train(drawn, args.steps, args.seed, args.rate)
     of_boxes, of_points = check(sam)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: tensor.half() for name, tensor in sam.state_dict().items()}, args.out)

@@ -106,10 +106,11 @@ def test_masks_and_vectors_of_what_the_detector_found(laptop: dict[str, str], tm
     rendered.write_scenes(tmp_path / "scenes", CHAIN_COUNT, 5, with_masks=True)
     figures = measure_chain.measure(tmp_path / "scenes", tmp_path, laptop)
     print(figures)
-    assert figures.box_mask_iou > 0.75
-    assert figures.true_box_mask_iou > 0.75
-    assert figures.recall_at_1 > 0.85
-    assert figures.knn_accuracy > 0.85
+    assert figures.box_mask_iou > 0.72  # an ellipse that fills the box reaches 0.63
+    assert figures.true_box_mask_iou > 0.72
+    assert figures.point_mask_iou > 0.68
+    assert figures.recall_at_1 > 0.9
+    assert figures.knn_accuracy > 0.9
     near = measure_chain.nearest_others(laptop, "vectors")
     key = "scene-000000.jpg#0"
     assert [row["key"] for row in run_json(laptop, "similar", key, "vectors", "-k", "2")] == [key, near[key]]
