@@ -1,4 +1,4 @@
-"""Knows how to draw the demo pictures: coloured shapes on textured backgrounds, with the true box of every shape.
+"""Knows how to draw the demo pictures: coloured shapes on textured backgrounds, with each shape's true box and mask.
 
 A scene is a pure function of a seed and an index. All chance comes from numpy's legacy `RandomState`, whose stream is
 frozen, so scene `index` of `seed` shows the same shapes in the same places on each run and each machine. (The bytes of
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,14 @@ class TrueObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture as uint8 RGB of shape (height, width, 3), and the shapes in it from back to front."""
+    """A picture as uint8 RGB of shape (height, width, 3), and the shapes in it from back to front.
+
+    `masks` holds the visible pixels of each shape, (height, width); no pixel is in two of them.
+    """
 
     pixels: NDArray[np.uint8]
     objects: tuple[TrueObject, ...]
+    masks: tuple[Bools, ...]
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,15 @@ def box_iou(first: Box, second: Box) -> float:
     return shared / (area - shared)
 
 
+def visible_masks(shapes: list[Placed]) -> Iterator[Bools]:
+    """Yield the pixels of each shape (given back to front) that no later shape covers."""
+    for i, shape in enumerate(shapes):
+        visible = shape.solid.copy()
+        for later in shapes[i + 1 :]:
+            visible &= ~later.solid
+        yield visible
+
+
 def visible_boxes(shapes: list[Placed]) -> list[Box] | None:
     """Return the visible box of each shape (given back to front), or None if one of them is too hard to tell.
 
@@ -241,10 +254,7 @@ def visible_boxes(shapes: list[Placed]) -> list[Box] | None:
     more than `MAX_BOX_IOU`.
     """
     boxes: list[Box] = []
-    for i, shape in enumerate(shapes):
-        visible = shape.solid.copy()
-        for later in shapes[i + 1 :]:
-            visible &= ~later.solid
+    for shape, visible in zip(shapes, visible_masks(shapes), strict=True):
         if visible.sum() < (1 - MAX_HIDDEN) * shape.solid.sum():
             return None
         box = tight_box(visible)
@@ -306,13 +316,25 @@ def make_scene(seed: int, index: int) -> Scene:
     painted = paint(rng, canvas, shapes)
     noise = (rng.standard_normal((height, width, 1)) * rng.uniform(1, 9)).astype(np.float32)
     pixels = np.clip(np.rint(painted + noise), 0, 255).astype(np.uint8)
-    return Scene(pixels, tuple(TrueObject(s.label, box) for s, box in zip(shapes, boxes, strict=True)))
+    objects = tuple(TrueObject(s.label, box) for s, box in zip(shapes, boxes, strict=True))
+    return Scene(pixels, objects, tuple(visible_masks(shapes)))
 
 
-def write_scenes(out_dir: Path, count: int, seed: int, truth_path: Path | None = None) -> Path:
+def numbered(scene: Scene) -> NDArray[np.uint8]:
+    """Return the masks of a scene in one picture (height, width): 0 is background, n the n-th object from 1."""
+    picture = np.zeros(scene.pixels.shape[:2], np.uint8)
+    for number, mask in enumerate(scene.masks, 1):
+        picture[mask] = number
+    return picture
+
+
+def write_scenes(
+    out_dir: Path, count: int, seed: int, truth_path: Path | None = None, *, with_masks: bool = False
+) -> Path:
     """Write `count` scenes into `out_dir/images` and their truth as JSON; return the path of the truth file.
 
-    The truth maps each item key to a list of `{"label": name, "box": [x1, y1, x2, y2]}`.
+    The truth maps each item key to a list of `{"label": name, "box": [x1, y1, x2, y2]}`. `with_masks` adds
+    `out_dir/masks/scene-000000.png` and so on: grey PNGs of the scene's size, see `numbered`.
     """
     images = out_dir / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -321,6 +343,9 @@ def write_scenes(out_dir: Path, count: int, seed: int, truth_path: Path | None =
         scene = make_scene(seed, index)
         Image.fromarray(scene.pixels).save(images / scene_key(index), quality=JPEG_QUALITY)
         truth[scene_key(index)] = [{"label": o.label, "box": list(o.box)} for o in scene.objects]
+        if with_masks:
+            (out_dir / "masks").mkdir(exist_ok=True)
+            Image.fromarray(numbered(scene)).save((out_dir / "masks" / scene_key(index)).with_suffix(".png"))
     truth_path = truth_path or out_dir / "truth.json"
     truth_path.write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
     return truth_path
@@ -333,8 +358,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="number of scenes")
     parser.add_argument("--seed", type=int, default=7, help="which series of scenes")
     parser.add_argument("--truth", type=Path, default=None, help="truth file (default: OUT_DIR/truth.json)")
+    parser.add_argument("--masks", action="store_true", help="also write OUT_DIR/masks: the pixels of each shape")
     args = parser.parse_args()
-    truth_path = write_scenes(args.out_dir, args.count, args.seed, args.truth)
+    truth_path = write_scenes(args.out_dir, args.count, args.seed, args.truth, with_masks=args.masks)
     print(f"{args.count} scenes in {args.out_dir / 'images'}, truth in {truth_path}")
 
 

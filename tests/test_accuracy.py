@@ -1,4 +1,4 @@
-"""The demo's detector scores the same on the same pictures, whichever way they go through the system."""
+"""The demo's models score on the demo's pictures as their cards say, whichever way those go through the system."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo import evaluate
-from tests.flow import run
+from demo import evaluate, measure_chain
+from demo import scenes as rendered
+from tests.flow import run, run_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "shapes-yolov8.pt"
 COUNT = 24
 IMGSZ = "320"
+CHAIN_COUNT = 40
 
 
 @pytest.fixture
@@ -90,3 +92,25 @@ def test_every_way_through_the_system_scores_the_same(laptop: dict[str, str], sc
     assert scores["single"] > 0.9
     for name, score in scores.items():
         assert score == pytest.approx(scores["single"], abs=1e-4), name
+
+
+def test_true_masks_are_what_the_true_boxes_are_around(tmp_path: Path) -> None:
+    truth = json.loads(rendered.write_scenes(tmp_path, 6, 5, with_masks=True).read_text())
+    for key, things in truth.items():
+        masks = measure_chain.read_masks(tmp_path, key)
+        assert [list(rendered.tight_box(mask) or ()) for mask in masks] == [thing["box"] for thing in things]
+        assert masks[0].shape == np.asarray(Image.open(tmp_path / "images" / key)).shape[:2]
+
+
+def test_masks_and_vectors_of_what_the_detector_found(laptop: dict[str, str], tmp_path: Path) -> None:
+    rendered.write_scenes(tmp_path / "scenes", CHAIN_COUNT, 5, with_masks=True)
+    figures = measure_chain.measure(tmp_path / "scenes", tmp_path, laptop)
+    print(figures)
+    assert figures.box_mask_iou > 0.72  # an ellipse that fills the box reaches 0.63
+    assert figures.true_box_mask_iou > 0.72
+    assert figures.point_mask_iou > 0.68
+    assert figures.recall_at_1 > 0.9
+    assert figures.knn_accuracy > 0.9
+    near = measure_chain.nearest_others(laptop, "vectors")
+    key = "scene-000000.jpg#0"
+    assert [row["key"] for row in run_json(laptop, "similar", key, "vectors", "-k", "2")] == [key, near[key]]
