@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,17 @@ class TrueObject:
 class Scene:
     """A picture as uint8 RGB of shape (height, width, 3), and the shapes in it from back to front.
 
-    `masks` holds the visible pixels of each shape, (height, width); no pixel is in two of them.
+    `numbers`, (height, width), says whose each pixel is: 0 the background's, n the n-th object's, counted from 1.
     """
 
     pixels: NDArray[np.uint8]
     objects: tuple[TrueObject, ...]
-    masks: tuple[Bools, ...]
+    numbers: NDArray[np.uint8]
+
+    @property
+    def masks(self) -> tuple[Bools, ...]:
+        """The visible pixels of each shape, (height, width); no pixel is in two of them."""
+        return tuple(self.numbers == number for number in range(1, len(self.objects) + 1))
 
 
 @dataclass(frozen=True)
@@ -238,15 +243,6 @@ def box_iou(first: Box, second: Box) -> float:
     return shared / (area - shared)
 
 
-def visible_masks(shapes: list[Placed]) -> Iterator[Bools]:
-    """Yield the pixels of each shape (given back to front) that no later shape covers."""
-    for i, shape in enumerate(shapes):
-        visible = shape.solid.copy()
-        for later in shapes[i + 1 :]:
-            visible &= ~later.solid
-        yield visible
-
-
 def visible_boxes(shapes: list[Placed]) -> list[Box] | None:
     """Return the visible box of each shape (given back to front), or None if one of them is too hard to tell.
 
@@ -254,7 +250,10 @@ def visible_boxes(shapes: list[Placed]) -> list[Box] | None:
     more than `MAX_BOX_IOU`.
     """
     boxes: list[Box] = []
-    for shape, visible in zip(shapes, visible_masks(shapes), strict=True):
+    for i, shape in enumerate(shapes):
+        visible = shape.solid.copy()
+        for later in shapes[i + 1 :]:
+            visible &= ~later.solid
         if visible.sum() < (1 - MAX_HIDDEN) * shape.solid.sum():
             return None
         box = tight_box(visible)
@@ -316,16 +315,10 @@ def make_scene(seed: int, index: int) -> Scene:
     painted = paint(rng, canvas, shapes)
     noise = (rng.standard_normal((height, width, 1)) * rng.uniform(1, 9)).astype(np.float32)
     pixels = np.clip(np.rint(painted + noise), 0, 255).astype(np.uint8)
-    objects = tuple(TrueObject(s.label, box) for s, box in zip(shapes, boxes, strict=True))
-    return Scene(pixels, objects, tuple(visible_masks(shapes)))
-
-
-def numbered(scene: Scene) -> NDArray[np.uint8]:
-    """Return the masks of a scene in one picture (height, width): 0 is background, n the n-th object from 1."""
-    picture = np.zeros(scene.pixels.shape[:2], np.uint8)
-    for number, mask in enumerate(scene.masks, 1):
-        picture[mask] = number
-    return picture
+    numbers = np.zeros((height, width), np.uint8)
+    for number, shape in enumerate(shapes, 1):
+        numbers[shape.solid] = number  # over what lies behind it
+    return Scene(pixels, tuple(TrueObject(s.label, box) for s, box in zip(shapes, boxes, strict=True)), numbers)
 
 
 def write_scenes(
@@ -334,7 +327,7 @@ def write_scenes(
     """Write `count` scenes into `out_dir/images` and their truth as JSON; return the path of the truth file.
 
     The truth maps each item key to a list of `{"label": name, "box": [x1, y1, x2, y2]}`. `with_masks` adds
-    `out_dir/masks/scene-000000.png` and so on: grey PNGs of the scene's size, see `numbered`.
+    `out_dir/masks/scene-000000.png` and so on: the numbers of the scene as grey PNGs.
     """
     images = out_dir / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -345,7 +338,7 @@ def write_scenes(
         truth[scene_key(index)] = [{"label": o.label, "box": list(o.box)} for o in scene.objects]
         if with_masks:
             (out_dir / "masks").mkdir(exist_ok=True)
-            Image.fromarray(numbered(scene)).save((out_dir / "masks" / scene_key(index)).with_suffix(".png"))
+            Image.fromarray(scene.numbers).save((out_dir / "masks" / scene_key(index)).with_suffix(".png"))
     truth_path = truth_path or out_dir / "truth.json"
     truth_path.write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
     return truth_path
