@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import threading
 from collections import OrderedDict
@@ -17,7 +15,7 @@ from jobs.spec import JobSpec
 from storage.errors import BadInput, ImagemillError, Misconfigured
 from storage.objects import Store
 from storage.settings import Settings
-from workers import exporting, models, runtimes, weights
+from workers import engines, models, runtimes, weights
 from workers.batches import BatchSize
 from workers.encodings import StoredEncodings
 from workers.engines import Engines
@@ -124,15 +122,7 @@ class Models:
         return Loaded(spec.model_key, model, size, opener.used(), opener.any)
 
     def _engines(self, spec: JobSpec, path: Path | None) -> Engines:
-        # All parameters, since a family alone knows which of them change its networks.
-        about = {
-            "weights": spec.weights_sha256,
-            "family": spec.family,
-            "kind": spec.kind,
-            "params": json.dumps(dict(spec.params), sort_keys=True),
-        }
-        export = functools.partial(exporting.export, spec, path)
-        return Engines(self.store, self.settings.cache_folder / "engines", about, export, self._moving)
+        return engines.of_spec(self.store, self.settings, spec, path, self._moving)
 
 
 @dataclass
@@ -153,7 +143,7 @@ class _Opener:
         try:
             session = self._open_in(wanted, network)
         except NotRunnable as error:
-            if wanted == runtimes.FALLBACK or network.onnx is not None:
+            if wanted == runtimes.FALLBACK or network.onnx is not None or network.engine is not None:
                 raise
             log.warning("%s runs in %s instead of %s: %s", self.spec.model, runtimes.FALLBACK, wanted, error)
             session = self._open_in(runtimes.FALLBACK, network)

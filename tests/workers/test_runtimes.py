@@ -35,7 +35,15 @@ from workers.runtimes import onnx as onnx_runtime
 from workers.runtimes import torch as torch_runtime
 
 HERE = [name for name in runtimes.names() if runtimes.get(name).installed() and runtimes.precisions(name, "cpu")]
-PAIRS = [(name, precision) for name in HERE for precision in runtimes.precisions(name, "cpu")]
+# OpenVINO computes in bf16 only where the processor does; elsewhere it says so.
+_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+_BF16 = "avx512_bf16" in _FLAGS or "amx_bf16" in _FLAGS
+PAIRS = [
+    (name, precision)
+    for name in HERE
+    for precision in runtimes.precisions(name, "cpu")
+    if _BF16 or (name, precision) != ("openvino", "bf16")
+]
 # Those that make a file of a network first; a runtime that does not says so with BUILDS = False.
 BUILDERS = [name for name in HERE if name != "torch" and getattr(runtimes.get(name), "BUILDS", True)]
 ROUNDING = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.005}  # as a share of the largest number

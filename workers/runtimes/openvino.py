@@ -35,15 +35,15 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
     import openvino
     import torch
 
+    core = openvino.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise BadInput("this CPU has no instructions for bf16; take --precision fp32")
     path = onnxgraph.exported(network, files)
     wanted = {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "PERFORMANCE_HINT": "LATENCY",  # one batch at a time with all threads; THROUGHPUT would split them
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    core = openvino.Core()
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise BadInput("this CPU has no instructions for bf16; take --precision fp32")
     try:
         compiled = core.compile_model(core.read_model(path), "CPU", wanted)
     except RuntimeError as error:
