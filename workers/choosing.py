@@ -17,7 +17,7 @@ from jobs.spec import JobSpec
 from storage.database import Database
 from storage.errors import ImagemillError
 from workers import tuning
-from workers.loaded import Models
+from workers.loaded import Loaded, Models
 from workers.models import Prepared
 from workers.tuning import Measured, Tuning
 
@@ -26,7 +26,7 @@ log = logging.getLogger("imagemill.worker")
 LEAST_ITEMS = 200  # of a job that is worth a look
 WORTH = 8  # times as long as tuning may take must be what is left of a job, to be worth it
 
-Sample = Callable[[Claim, JobSpec, int], Sequence[Prepared]]  # (claim, spec, how many) -> pictures of its shard
+Sample = Callable[[Claim, Loaded, int], Sequence[Prepared]]  # (claim, model, how many) -> pictures of its shard
 
 
 class Choosing:
@@ -69,9 +69,12 @@ class Choosing:
 
     def _measured(self, claim: Claim, usual: JobSpec, sample: Sample) -> Choice:
         spec = claim.spec
-        reference = dataclasses.replace(usual, runtime=tuning.REFERENCE[0], precision=tuning.REFERENCE[1])
         work = Tuning(spec, self._device, self._models.apart, self._tell, self._budget_s)
-        work.refer(self._models.get(reference).model, sample(claim, reference, tuning.PICTURES))
+        reference = self._models.apart(tuning.reference(usual))
+        try:
+            work.refer(reference.model, sample(claim, reference, tuning.PICTURES))
+        finally:
+            reference.model.close()
         left_s = choices.items_left(self._db, claim.job_id) * work.seconds_each
         if not work.seconds_each:
             return tuning.as_is(usual, "no picture to measure on")

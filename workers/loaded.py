@@ -19,7 +19,7 @@ from workers import engines, models, runtimes, weights
 from workers.batches import BatchSize
 from workers.encodings import StoredEncodings
 from workers.engines import Engines
-from workers.models import Model, Site
+from workers.models import Encodings, Model, Site
 from workers.runtimes import Network, NotRunnable, Session
 
 log = logging.getLogger("imagemill.worker")
@@ -76,15 +76,15 @@ class Models:
             held = self._held.get(spec.model_key)
             if held is None:
                 self._make_room(in_use())
-                held = self._load(spec, self._size(spec))
+                held = self._load(spec, self._size(spec), self._encodings)
                 self._held[spec.model_key] = held
             self._held.move_to_end(spec.model_key)
             held.size.asked = spec.batch
             return held
 
     def apart(self, spec: JobSpec) -> Loaded:
-        """The spec's model, loaded for the caller alone, who closes it. Raises as `get`."""
-        return self._load(spec, BatchSize(spec.batch))
+        """The spec's model, loaded for the caller alone, who closes it; it keeps no encodings. Raises as `get`."""
+        return self._load(spec, BatchSize(spec.batch), None)
 
     def close(self) -> None:
         """Free everything."""
@@ -102,7 +102,7 @@ class Models:
                 return
             self._held.pop(key).model.close()
 
-    def _load(self, spec: JobSpec, size: BatchSize) -> Loaded:
+    def _load(self, spec: JobSpec, size: BatchSize, encodings: Encodings | None) -> Loaded:
         log.info("loading %s (%s, %s)", spec.model, spec.runtime, spec.precision)
         family = models.family(spec.family)
         card = models.card_for(spec.model, spec.family, spec.kind, spec.weights_sha256)
@@ -110,7 +110,7 @@ class Models:
         if spec.weights:
             path = weights.fetch(self.store, spec.weights, spec.weights_sha256, self.settings.cache_folder)
         opener = _Opener(spec, self.device, self._engines(spec, path), self._running)
-        site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, self._encodings)
+        site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, encodings)
         try:
             model: Model = family.load(card, card.params(**spec.params), path, site)
         except ImagemillError:

@@ -24,6 +24,7 @@ from workers import batches, careful, faults, tuning
 from workers.batches import Buckets
 from workers.blobs import Kept
 from workers.inhand import Arrivals, Ready, Room, Run, attempt_prefix
+from workers.loaded import Loaded
 from workers.models import Prepared
 
 if TYPE_CHECKING:
@@ -201,10 +202,10 @@ class Ticket:
                 spec = self._on_device(lambda: self.stream.choosing.measure(claim, self._sample))
         return spec or tuning.plain(claim.spec, self.stream.device)
 
-    def _sample(self, claim: Claim, spec: JobSpec, count: int) -> list[Prepared]:
+    def _sample(self, claim: Claim, loaded: Loaded, count: int) -> list[Prepared]:
         """Some pictures of a shard, prepared, in order; those that fail are left out. In the device's thread, alone."""
         rows = shardfile.read_manifest(self.stream.store, claim.manifest_key)[:count]
-        run = Run(claim, self.stream.models.get(spec), rows, "")
+        run = Run(claim, loaded, rows, "")
         arrived: Arrivals = queue.SimpleQueue()
         for position in range(len(rows)):
             self.stream.fetch_and_prepare(run, [position], arrived)

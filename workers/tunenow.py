@@ -44,10 +44,8 @@ def tune(
     if not tuning.tunable(spec.kind):
         raise BadInput(f"results of the kind {spec.kind} cannot be compared, so {spec.model!r} runs as it is asked to")
     models = Models(store, settings, device)
+    reference = models.apart(tuning.reference(tuning.plain(spec, device)))
     try:
-        usual = tuning.plain(spec, device)
-        runtime, precision = tuning.REFERENCE
-        reference = models.get(dataclasses.replace(usual, runtime=runtime, precision=precision))
         if not reference.networks:
             raise BadInput(f"model {spec.model!r} has no network that a runtime could run; there is nothing to tune")
         # Asked for, it has the time it needs: every way is measured.
@@ -55,7 +53,7 @@ def tune(
         work.refer(reference.model, _prepared(settings, spec.dataset, reference.model))
         best = work.run() if work.seconds_each else None
     finally:
-        models.close()
+        reference.model.close()
     if best is None:
         raise BadInput(f"no picture of {spec.dataset!r} could be read, so there is nothing to measure on")
     choices.keep(db, tuning.about(spec, device), best, [dataclasses.asdict(one) for one in work.found])

@@ -79,6 +79,11 @@ def plain(spec: JobSpec, device: str) -> JobSpec:
     return dataclasses.replace(spec, runtime=runtime, precision=precision, batch=spec.batch or _BATCH[device])
 
 
+def reference(usual: JobSpec) -> JobSpec:
+    """The spec run as what every way is held against."""
+    return dataclasses.replace(usual, runtime=REFERENCE[0], precision=REFERENCE[1])
+
+
 def chosen(spec: JobSpec, choice: Choice) -> JobSpec:
     """The spec run as it was chosen."""
     return dataclasses.replace(spec, runtime=choice.runtime, precision=choice.precision, batch=choice.batch)
