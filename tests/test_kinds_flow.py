@@ -91,6 +91,9 @@ def assert_same(one: Any, other: Any) -> None:
             assert a == b, field.name
 
 
+UNFINISHED = "SELECT id FROM job WHERE finished_at IS NULL"
+
+
 def test_results_do_not_depend_on_batch_shards_and_workers(fleet: Stack, tmp_path: Path) -> None:
     prepare(fleet)
     source = str(photos(tmp_path / "photos", COUNT))
@@ -119,8 +122,7 @@ def test_results_do_not_depend_on_batch_shards_and_workers(fleet: Stack, tmp_pat
                 name: run_json(fleet, *command, "--device", "cpu", "--detach", *how)["id"]
                 for name, command in commands.items()
             }
-            unfinished = "SELECT id FROM job WHERE finished_at IS NULL"
-            flow.wait_until(lambda: not rows(flow.database_url(fleet), unfinished), "the jobs' end", 200)
+            flow.wait_until(lambda: not rows(flow.database_url(fleet), UNFINISHED), "the jobs' end", 200)
             results.append(
                 {name: found(fleet, job_id) for name, job_id in ids.items() if name != "detections" or number}
             )
