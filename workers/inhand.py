@@ -82,6 +82,7 @@ class Run:
     prefix: str
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     dropped: bool = False
+    portion: Portion = field(default_factory=Portion)
     begun: bool = False  # whether a batch with an item of it has been run
     keeping: int = 0  # items whose files are being put; counted by the device thread alone
     broken: str = ""  # what is wrong with the shard as a whole, where waiting would not help

@@ -44,6 +44,8 @@ from workers.ticket import Ticket
 
 log = logging.getLogger("imagemill.worker")
 
+_PORTION_BYTES = 1_000_000  # of encoded pictures that one thread passes on together, and one picture more
+_PORTIONS = 1000  # jobs whose portions are remembered
 _OUTAGE_FETCHES = 5  # failed fetches in a row, with none that worked between them, are the store's fault
 _WRITE_PATIENCE_S = 60  # for a store that does not take a result, before the shard is given back
 
@@ -56,7 +58,8 @@ class Stream:
     def __init__(self, db: Database, store: Store, settings: Settings, incarnation: Incarnation, device: str) -> None:
         self.db, self.store, self.settings, self.me = db, store, settings, incarnation
         self.device = device
-        self.computing, self.portion = Computing(device), Portion()
+        self.computing = Computing(device)
+        self._portions: dict[int, Portion] = {}
         self.models = Models(store, settings, device, incarnation.work.moved, self.computing.running)
         self.choosing = Choosing(db, self.models, device, settings.tune_seconds, incarnation.work.moved)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
@@ -107,6 +110,12 @@ class Stream:
 
     # ---------------------------------------------------------------- one item, in the pools' threads
 
+    def portion_of(self, job_id: int) -> Portion:
+        """How many of a job's items go through the threads together."""
+        if len(self._portions) > _PORTIONS and job_id not in self._portions:
+            self._portions.clear()
+        return self._portions.setdefault(job_id, Portion())
+
     def fetch_and_prepare(self, run: Run, positions: Sequence[int], ready: Arrivals) -> None:
         """Start items on their way; each arrives in `ready` once, whatever happens, together with others or alone."""
         self._fetchers.submit(self._fetch, run, positions, ready)
@@ -114,22 +123,39 @@ class Stream:
     def _fetch(self, run: Run, positions: Sequence[int], ready: Arrivals) -> None:
         started = time.perf_counter()
         fetched: list[tuple[int, bytes]] = []
-        failed: list[Ready] = []
+        nbytes = 0
         for position in positions:
-            try:
-                uri = run.rows[position].uri
-                fetched.append((position, b"" if run.dropped or not uri else self._read(run, uri)))
-            except ItemFailed as error:
-                failed.append(Ready(run, position, None, error))
-            except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
-                failed.append(Ready(run, position, None, _unexpected("fetch", error)))
+            data = self._fetched(run, position, ready)
+            if data is None:
+                continue
+            fetched.append((position, data))
+            nbytes += len(data)
+            if nbytes > _PORTION_BYTES:
+                self._pass_on(run, fetched, nbytes, started, ready)
+                fetched, nbytes, started = [], 0, time.perf_counter()
+        if fetched:
+            self._pass_on(run, fetched, nbytes, started, ready)
+
+    def _fetched(self, run: Run, position: int, ready: Arrivals) -> bytes | None:
+        """An item's bytes, b"" for one without an image; None when it failed, which is then on its way."""
+        try:
+            uri = run.rows[position].uri
+            return b"" if run.dropped or not uri else self._read(run, uri)
+        except ItemFailed as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
+            failure = _unexpected("fetch", error)
+        ready.put([Ready(run, position, None, failure)])
+        return None
+
+    def _pass_on(
+        self, run: Run, fetched: Sequence[tuple[int, bytes]], nbytes: int, started: float, ready: Arrivals
+    ) -> None:
+        """Have items decoded that were fetched since `started`, once there is room for their bytes."""
         seconds = time.perf_counter() - started
         run.spent("fetch", seconds)
-        if failed:
-            ready.put(failed)
-        if fetched:
-            self._encoded.take(sum(len(data) for _, data in fetched))
-            self._decoders.submit(self._prepare, run, fetched, seconds, ready)
+        self._encoded.take(nbytes)
+        self._decoders.submit(self._prepare, run, fetched, seconds, ready)
 
     def _read(self, run: Run, uri: str) -> bytes:
         try:
@@ -186,7 +212,7 @@ class Stream:
             self.computing.wait()
             waited_s += time.perf_counter() - before
             done.append(self._prepared_one(run, position, data))
-        self.portion.took(len(fetched), fetch_s + time.perf_counter() - started - waited_s)
+        run.portion.took(len(fetched), fetch_s + time.perf_counter() - started - waited_s)
         self._encoded.give(sum(len(data) for _, data in fetched))
         ready.put(done)
 

@@ -177,7 +177,7 @@ class Ticket:
             settled = dataclasses.replace(claim, spec=self._settled(claim, lambda: in_use))
             loaded = self.stream.models.get(settled.spec, lambda: in_use)
             rows = shardfile.read_manifest(self.stream.store, claim.manifest_key)
-            run = Run(settled, loaded, rows, attempt_prefix(claim))
+            run = Run(settled, loaded, rows, attempt_prefix(claim), portion=self.stream.portion_of(claim.job_id))
             self._take_over(run)
         except Unavailable as error:
             log.warning("shard %d is given back: %s", claim.shard_id, error)
@@ -234,10 +234,10 @@ class Ticket:
         todo = [i for i in range(run.claim.items) if i not in run.outcomes]
         if not todo:
             self.ready.put([Ready(run, -1, None, ItemFailed("shard", "complete", "nothing left to do"))])
-        self._widen(run)
         at = 0
         while at < len(todo):
-            part = todo[at : at + self.stream.portion.size]
+            self._widen(run)
+            part = todo[at : at + run.portion.size]
             while not (run.dropped or self._must_stop() or self._slots.take(len(part), timeout_s=0.1)):
                 pass
             if run.dropped or self._must_stop():
@@ -290,7 +290,7 @@ class Ticket:
 
     def _widen(self, run: Run) -> None:
         """Let enough items be under way for a few batches of this model."""
-        self._slots.widen(max(64, 4 * run.loaded.size.asked, 8 * self.stream.portion.size))
+        self._slots.widen(max(64, 4 * run.loaded.size.asked, 8 * run.portion.size))
 
     # ---------------------------------------------------------------- the device thread
 

@@ -1,0 +1,67 @@
+"""What a worker has in hand: budgets, portions, and decoders that take turns with a computing CPU."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from workers.computing import Computing
+from workers.inhand import Portion, Room
+
+
+def test_a_room_lets_in_what_fits_and_one_that_is_larger_alone() -> None:
+    room = Room(10)
+    assert room.take(6)
+    assert not room.take(5, timeout_s=0.01)
+    assert room.take(4, timeout_s=0.01)
+    room.give(10)
+    assert room.take(99, timeout_s=0.01)
+    assert not room.take(1, timeout_s=0.01)
+    room.give(99)
+    assert room.take(10, timeout_s=0.01)
+
+
+def test_a_room_that_grows_lets_in_who_waits() -> None:
+    room = Room(1)
+    room.take(1)
+    let_in = threading.Event()
+    waiting = threading.Thread(target=lambda: room.take(3) and let_in.set())
+    waiting.start()
+    assert not let_in.wait(0.05)
+    room.widen(4)
+    assert let_in.wait(5)
+    waiting.join()
+    room.widen(2)
+    assert not room.take(1, timeout_s=0.01), "a room never shrinks, and this one is full"
+
+
+@pytest.mark.parametrize(("each_s", "expected"), [(0.05, 1), (0.002, 1), (0.0002, 10), (0.00001, Portion.MOST)])
+def test_portions_are_large_where_items_are_quick(each_s: float, expected: int) -> None:
+    portion = Portion()
+    assert portion.size == 1
+    for _ in range(60):
+        portion.took(portion.size, portion.size * each_s)
+    assert portion.size == pytest.approx(expected, abs=1)
+
+
+def test_decoders_wait_for_a_computing_cpu() -> None:
+    computing = Computing("cpu")
+    computing.wait()
+    begun = threading.Event()
+    with computing.running():
+        decoder = threading.Thread(target=lambda: (computing.wait(), begun.set()))
+        decoder.start()
+        assert not begun.wait(0.05)
+    assert begun.wait(5)
+    decoder.join()
+    assert computing.take_s() >= 0.05
+    assert computing.take_s() == 0
+
+
+def test_a_network_that_raises_lets_decoders_go_on() -> None:
+    computing = Computing("cpu")
+    with pytest.raises(ValueError), computing.running():
+        raise ValueError
+    computing.wait()
+    assert computing.take_s() > 0
