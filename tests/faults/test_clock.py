@@ -30,6 +30,7 @@ ALLOWED = {
     ("jobs/collect.py", "_clock"): "only on a disk too full to hold a mark of its own clock",
     ("storage/folder.py", "_walk"): "temporary files of writers killed a day ago; a writer needs seconds",
     ("storage/s3.py", "credentials"): "how long obstore keeps credentials before it asks again",
+    ("cli.py", "list_engines"): "how old an engine is, for people",
     ("storage/exporters/__init__.py", "_provenance"): "the date written into an export, for people",
 }
 

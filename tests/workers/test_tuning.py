@@ -186,15 +186,16 @@ def test_a_long_job_is_tuned_once_and_says_so(stack: dict[str, str], scenes: Pat
     flow.check_all(stack, [path.name for path in scenes.iterdir()])
 
 
+@pytest.mark.timeout(600)  # a network is exported in a process of its own
 @pytest.mark.parametrize("stack", ["laptop"], indirect=True)
 def test_tune_is_kept_for_later_jobs(stack: dict[str, str], scenes: Path) -> None:
     model = str(DEMO / "shapes-yolov8.pt")
     refused = flow.run(stack, "tune", model, code=2)
     assert "name a dataset: SOURCE" in refused.stderr
-    told = flow.run_json(stack, "tune", model, str(scenes))
+    told = flow.run_json(stack, "tune", model, str(scenes), "--param", "imgsz=64", timeout_s=400)
     ways = {(one["runtime"], one["precision"]) for one in told["measured"]}
     assert {("torch", "fp32"), ("onnx", "fp32"), ("openvino", "fp32")} <= ways
-    status = flow.run_json(stack, "annotate", str(scenes), "--model", model, "--device", "cpu")
+    status = flow.run_json(stack, "annotate", str(scenes), "--model", model, "--device", "cpu", "--imgsz", "64")
     assert list(status["choices"].values()) == [told["chosen"]]
 
 

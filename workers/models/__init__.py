@@ -243,7 +243,8 @@ def resolve(name: str, kind: str, given: Mapping[str, Any], fetch: Callable[[Car
     path = Path(name).expanduser()
     if path.is_file() or (name and path.is_dir() and ("/" in name or not _named(name))):
         card = _card_of_file(path, kind)
-    elif (path.suffix or "/" in name) and not _named(name):
+    elif (path.suffix or "/" in name) and not any(card.weights for card in _named(name)):
+        # A card without weights of its own stands for files that the user has, such as "detector.onnx".
         raise BadInput(f"there is no model file {name!r}; check the path, or list the known models: imagemill models")
     else:
         card = _card_named(name, kind)

@@ -141,7 +141,7 @@ def _found(checksums: Sequence[int], sizes: Sequence[tuple[int, ...]], objects: 
     draws = np.take_along_axis(draws, order[:, :, None], axis=1)
     corners = np.sort(draws[:, :, :4].reshape(len(checksums), objects, 2, 2), axis=2)
     extent = np.array([(width, height) for height, width in sizes], np.float64).reshape(-1, 1, 1, 2)
-    boxes = (corners * extent).astype(np.float32).reshape(-1, objects, 4)
+    boxes = (corners * extent).astype(np.float32).reshape(len(checksums), objects, 4)
     scores = (0.3 + 0.7 * draws[:, :, 4]).astype(np.float32)
     ids = (draws[:, :, 5] * len(LABELS)).astype(np.int32)
     labels = [tuple(LABELS[i] for i in row) for row in ids.tolist()]
