@@ -67,10 +67,11 @@ class Mill:
         if status["failures"] or status["results"] != status["planned"]:
             raise LeftOut(f"only {status['results']} of {status['planned']} items have a result")
         spent = json.loads(self.output("profile", str(status["id"]), "--json"))["seconds"]
+        waited = spent.get("idle", 0.0) + spent.get("gap", 0.0)
         seconds = status["finished_at"] - status["started_at"]
         return {
             "rate": status["results"] / seconds,
-            "idle": spent.get("idle", 0.0) / max(1e-9, spent.get("idle", 0.0) + spent.get("device", 0.0)),
+            "idle": waited / max(1e-9, waited + spent.get("device", 0.0) + spent.get("post", 0.0)),
             "claim_s": status["started_at"] - status["created_at"],
             "whole_s": status["finished_at"] - status["created_at"],
             "command_s": command_s,

@@ -335,6 +335,7 @@ class Ticket:
         first = batch[0].run
         first.spent("idle" if first.begun else "gap", started - self._free_since)
         first.begun = True
+        self.stream.computing.take_s()  # what tuning or careful work has left there is not this batch's
         prepared = [item.answer for item in batch if isinstance(item.answer, Prepared)]
         answers = batches.infer(loaded.model, prepared, loaded.size)
         faults.point("inferred")
