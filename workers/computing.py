@@ -1,7 +1,8 @@
 """Knows when networks run: for how long, and that decoders on the same CPU wait meanwhile.
 
 On a CPU decoding and computing use the same cores. At once, they would wait for each other at every barrier of the
-network's parallel loops; so no picture is begun while a network runs, and all that one can reach is the sum of both. On a GPU nobody waits for anybody.
+network's parallel loops; so no picture is begun while a network runs, and all that one can reach is the sum of both.
+On a GPU nobody waits for anybody.
 """
 
 from __future__ import annotations
