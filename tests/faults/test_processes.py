@@ -18,6 +18,7 @@ from tests.faults import support
 from tests.faults.support import LEASE_S, Stack, Template
 from tests.flow import run
 from tests.services import Postgres, SeaweedFS, Valkey
+from tests.times import soon
 from workers import faults
 
 COUNT, BATCH, BATCH_S = 96, 8, 0.15  # three shards
@@ -111,8 +112,8 @@ def test_the_rescue_of_a_killed_workers_shards(template: Template, stack: Stack,
     freed_s, claimed_s = support.rescued_after(stack, died_at)
     support.say(f"rescue of a killed worker's shards, {'seen' if seen else 'unseen'}: {freed_s:.1f} s until they were "
                 f"free, {claimed_s:.1f} s until one was claimed again (lease {LEASE_S:g} s)")  # fmt: skip
-    assert freed_s < (LEASE_S if seen else LEASE_S + 15)
-    assert claimed_s < LEASE_S + 15
+    assert soon(freed_s, LEASE_S if seen else LEASE_S + 15)
+    assert soon(claimed_s, LEASE_S + 15)
     support.prove(stack, template.keys)
 
 
@@ -123,7 +124,7 @@ def test_a_killed_supervisor_takes_its_workers_along(template: Template, stack: 
         supervisor.kill()
         ended_s = support.wait_ended(workers)
     support.say(f"workers ended {ended_s:.1f} s after their supervisor was killed")
-    assert ended_s < 5 + BATCH_S
+    assert soon(ended_s, 5 + BATCH_S)
     with support.worker(stack, tmp_path / "log"):
         support.wait_done(stack)
     assert support.crashes(stack) == 0, "they gave their shards back"
@@ -141,7 +142,7 @@ def test_a_killed_laptop_takes_everything_along(home: Path, tmp_path: Path) -> N
         supervisor.kill()
         ended_s = support.wait_ended(others)
     support.say(f"everything ended {ended_s:.1f} s after `imagemill up` was killed")
-    assert ended_s < 10
+    assert soon(ended_s, 10)
     with support.worker(stack, tmp_path / "log", "up"):
         support.wait_done(stack)
     support.prove(stack, keys, tmp_path / "log")
@@ -214,7 +215,7 @@ def test_a_device_that_hangs(
         support.wait_done(stack)
     freed_s, _ = support.rescued_after(stack, hung_at)
     support.say(f"a hung batch's shards were free after {freed_s:.1f} s ({limit}; stall 2 s, lease {LEASE_S:g} s)")
-    assert freed_s < 2 + LEASE_S + 15
+    assert soon(freed_s, 2 + LEASE_S + 15)
     assert 1 <= support.crashes(stack) <= 2
     assert support.one(stack, "SELECT state FROM job") == "done", "a hang that does not come again fails nothing"
     assert ("gives up and is replaced" if word == "hang" else "Hard time limit") in (tmp_path / "log").read_text()
@@ -256,7 +257,7 @@ def test_a_worker_told_to_stop_gives_back_what_it_has(
         drained_s = support.wait_ended(members)
         assert supervisor.wait() == (0 if times == 1 else -signal.SIGTERM)
     support.say(f"a worker drained in {drained_s:.1f} s (a batch takes {BATCH_S} s)")
-    assert drained_s < 5 + BATCH_S
+    assert soon(drained_s, 5 + BATCH_S)
     partial = [r.checkpoint for r in support.sql(stack, "SELECT checkpoint FROM shard WHERE checkpoint IS NOT NULL")]
     assert any("partial" in checkpoint for checkpoint in partial), "a shard was given back with what was done"
     with support.worker(stack, tmp_path / "log"):
@@ -301,8 +302,9 @@ def test_a_second_ctrl_c_ends_annotate_at_once(home: Path, tmp_path: Path) -> No
         started = time.monotonic()
         assert process.wait(timeout=20) == 130
         support.wait_ended(members)
-        support.say(f"annotate ended {time.monotonic() - started:.1f} s after the second Ctrl-C")
-        assert time.monotonic() - started < 3
+        ended_s = time.monotonic() - started
+        support.say(f"annotate ended {ended_s:.1f} s after the second Ctrl-C")
+        assert soon(ended_s, 3)
     assert "Traceback" not in (tmp_path / "log").read_text()
     last = flow.run_json(stack, *command)
     assert (last["id"], last["state"], last["results"]) == (1, "done", 24)

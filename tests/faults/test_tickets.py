@@ -21,6 +21,7 @@ from tests import flow
 from tests.faults import support
 from tests.faults.support import Stack, Template
 from tests.services import Postgres, SeaweedFS, Valkey
+from tests.times import soon
 
 COUNT = 256  # eight shards of nearly a second each, of which a worker has three in hand at most
 QUEUE = "imagemill:cpu"  # a list, with the prefix that every key of the app has
@@ -201,7 +202,7 @@ def test_a_broker_killed_and_restarted_empty(template: Template, stack: Stack, o
         own.restart(empty=True)
         resumed_s = resumed_after(stack, support.now())
         support.say(f"resumed {resumed_s:.1f} s after Valkey was back, empty")
-        assert resumed_s < 15
+        assert soon(resumed_s, 15)
         support.wait_done(stack)
     proven_once(template, stack, tmp_path / "log")
 
@@ -218,7 +219,7 @@ def test_a_broker_that_freezes(template: Template, stack: Stack, own: Valkey, tm
             own.thaw()
         resumed_s = resumed_after(stack, support.now())
         support.say(f"resumed {resumed_s:.1f} s after Valkey was thawed")
-        assert resumed_s < 15
+        assert soon(resumed_s, 15)
         support.wait_done(stack)
     proven_once(template, stack, tmp_path / "log")
 
@@ -239,7 +240,7 @@ def test_a_worker_that_hears_nothing_is_started_again(
             own.thaw()
         resumed_s = resumed_after(stack, support.now())
         support.say(f"a deaf worker resumed after {resumed_s:.1f} s")
-        assert resumed_s < 15
+        assert soon(resumed_s, 15)
         support.wait_done(stack)
     assert "none is heard" in (tmp_path / "log").read_text()
     proven_once(template, stack, tmp_path / "log")
@@ -256,7 +257,7 @@ def test_a_broker_that_flaps(template: Template, stack: Stack, own: Valkey, tmp_
             time.sleep(0.7)
         done_s = support.wait_done(stack)
         support.say(f"all done {done_s:.1f} s after Valkey's fourth restart")
-        assert done_s < 30  # four outages in a row: Celery waits longer after each
+        assert soon(done_s, 30)  # four outages in a row: Celery waits longer after each
     proven_once(template, stack, tmp_path / "log")
 
 
@@ -273,7 +274,7 @@ def test_a_broker_that_is_full(template: Template, stack: Stack, own: Valkey, tm
             client.config_set("maxmemory", "0")
         resumed_s = resumed_after(stack, support.now())
         support.say(f"resumed {resumed_s:.1f} s after Valkey had room again")
-        assert resumed_s < 15
+        assert soon(resumed_s, 15)
         support.wait_done(stack)
     proven_once(template, stack, tmp_path / "log")
 

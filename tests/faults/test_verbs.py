@@ -325,7 +325,7 @@ def _what(lines: str) -> list[tuple[str, int, dict[str, int]]]:
 
 
 def test_gc_takes_orphans_and_never_what_is_referred_to(mill: Mill) -> None:
-    """Also while jobs run. Its safety age is ten leases, here of half a second."""
+    """Also while jobs run. Its safety age is ten leases: ten minutes, then five seconds."""
     source = mill.pictures("orphans", 240)
     job_id = mill.wait(mill.submit(source)).id
     store = mill.store()
@@ -334,9 +334,10 @@ def test_gc_takes_orphans_and_never_what_is_referred_to(mill: Mill) -> None:
     stranger = "jobs/999999/0000000/a1-deadbeef/12345678/items.parquet"
     store.put(orphan, store.get(good.result_key))
     store.put(stranger, b"of another database")
-    eager = {**mill.stack, "IMAGEMILL_ORPHAN_HOURS": "0", "IMAGEMILL_LEASE_SECONDS": "0.5"}
-    run(eager, "gc")
+    eager = {**mill.stack, "IMAGEMILL_ORPHAN_HOURS": "0"}
+    run({**eager, "IMAGEMILL_LEASE_SECONDS": "60"}, "gc")
     assert store.stat(orphan) is not None, "too young"
+    eager["IMAGEMILL_LEASE_SECONDS"] = "0.5"
     other = mill.submit(source, "--force", "--shard-size", "8")
     while mill.job(other).finished_at is None or store.stat(orphan) is not None:
         run(eager, "gc")

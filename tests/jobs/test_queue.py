@@ -15,6 +15,7 @@ from storage.errors import BadInput, Misconfigured, Unavailable
 from storage.settings import Settings
 from tests.faultproxy import FaultProxy
 from tests.services import HOST, Valkey, free_ports
+from tests.times import soon
 
 # reliability: which value each setting must have, and why is said in jobs/queue.py.
 CONF: dict[str, Any] = {
@@ -129,7 +130,7 @@ def test_publishing_is_fast(settings: Settings) -> None:
     queue.publish(settings, "cpu", 200)
     print(f"\n200 tickets in {time.monotonic() - started:.2f} s")
     assert queue.waiting(settings, "cpu") == 201
-    assert time.monotonic() - started < 10
+    assert soon(time.monotonic() - started, 10)
 
 
 def test_unknown_queues(settings: Settings) -> None:

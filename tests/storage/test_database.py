@@ -21,6 +21,7 @@ from storage.tables import event, worker
 from tests.faultproxy import FaultProxy
 from tests.services import HOST, Postgres, free_ports
 from tests.support import count, ended, execute, new_worker, opened, python, together
+from tests.times import soon
 
 LABEL_COLUMNS = ("item_id", "label", "recipe_id", "objects", "top_score")
 
@@ -104,7 +105,9 @@ def test_outages_are_tried_again_until_patience_ends(database_url: str) -> None:
         with pytest.raises(Unavailable):
             db.transact(work)
         assert len(tries) > 2
-        assert 0.1 < time.monotonic() - started < 2
+        took_s = time.monotonic() - started
+        assert took_s > 0.1
+        assert soon(took_s, 2)
 
 
 def test_a_full_disk_is_not_tried_again(db: Database) -> None:
@@ -190,7 +193,7 @@ def test_a_value_the_driver_refuses_is_no_outage(pg: Database) -> None:
     ):
         with pytest.raises(sa.exc.DataError):
             pg.transact(work)
-    assert time.monotonic() - started < 2
+    assert soon(time.monotonic() - started, 2)
 
 
 # --- Postgres: real deadlocks, serialization failures, killed backends --------------------------------------------
@@ -312,7 +315,9 @@ def test_a_locked_sqlite_is_waited_for(tmp_path: Path) -> None:
         timer.start()
         started = time.monotonic()
         db.transact(lambda tx: add_event(tx, "late"))
-        assert 0.3 < time.monotonic() - started < 5
+        took_s = time.monotonic() - started
+        assert took_s > 0.3
+        assert soon(took_s, 5)
         timer.join()
         assert count(db, event) == 1
 
@@ -322,7 +327,7 @@ def test_a_lock_held_for_too_long_is_an_outage_within_bounded_time(tmp_path: Pat
         started = time.monotonic()
         with pytest.raises(Unavailable, match="held by another process"):
             db.transact(lambda tx: add_event(tx, "never"))
-        assert time.monotonic() - started < 3
+        assert soon(time.monotonic() - started, 3)
         assert count(db, event) == 0, "reading goes on"
 
 
@@ -376,7 +381,7 @@ def say(url: str, patience_s: float = 0.5) -> ImagemillError:
             migrate.check(db, create=True)
         finally:
             db.close()
-    assert time.monotonic() - started < 15
+    assert soon(time.monotonic() - started, 15)
     assert "\n" not in str(caught.value)
     assert "s3cr3t" not in str(caught.value)
     return caught.value

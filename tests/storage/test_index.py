@@ -19,6 +19,7 @@ from storage.results import detections
 from storage.shardfile import Outcome
 from storage.tables import MAX_SHARD_ITEMS, item, item_id, item_label
 from tests.support import claimed, count, execute, new_worker, opened, outcome, planned_job, result, written
+from tests.times import soon
 
 # In the order of their UTF-8 bytes: neither a locale's nor UTF-16's order.
 KEYS = sorted(
@@ -272,7 +273,7 @@ def test_bulk_insert_is_fast(db: Database) -> None:
         seconds += time.monotonic() - started
     print(f"\n100,000 items with a label each into {'SQLite' if db.is_sqlite else 'Postgres'}: {seconds:.1f} s")
     assert count(db) == count(db, item_label) == 100_000
-    assert seconds < 60
+    assert soon(seconds, 60)
     started = time.monotonic()
     assert len(index.known(db, 1, [f"1/train/{i:06d}.jpg" for i in range(0, 50_000, 6)])) == 8334
     print(f"8,334 keys looked up in {time.monotonic() - started:.2f} s")

@@ -18,6 +18,7 @@ import pytest
 from storage.errors import Unavailable
 from storage.objects import Store, open_store
 from storage.settings import load
+from tests.times import soon
 from workers import engines, onnxgraph
 from workers.engines import Engines, Pace
 from workers.runtimes import NotRunnable
@@ -129,7 +130,9 @@ here.get({ABOUT!r}, "a", build)
     started = time.monotonic()
     # The same machine's folder, where the half file lies.
     assert machine(store, tmp_path / "shared").get(ABOUT, "a", writes(b"whole")).read_bytes() == b"whole"
-    assert 0.3 < time.monotonic() - started < 5
+    took_s = time.monotonic() - started
+    assert took_s > 0.3
+    assert soon(took_s, 5)
     assert machine(store, tmp_path / "other").get(ABOUT, "a", never).read_bytes() == b"whole"
 
 
