@@ -37,6 +37,9 @@ class Broker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        folder = self.settings.broker_socket.parent
+        if folder.parent != self.settings.home:  # in the temporary folder, where nothing else is in it
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def server_program() -> str:

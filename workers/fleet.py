@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from workers.devices import DEVICE, DRAIN_FILE, QUEUE, Device
 
 log = logging.getLogger("imagemill.fleet")
 
+_FOLDER = "imagemill-worker-"  # in the temporary folder, one a process
 _RESTART_S = (1, 2, 5, 10, 30)  # pause before the n-th restart in a row
 _HEALTHY_S = 60  # a process that lived so long starts that count anew
 _DRAIN_S = 60  # a drain that takes longer than this is ended by force; its leases run out
@@ -156,7 +159,7 @@ def serve() -> None:
 
     settings = settings_module.load()
     configure(settings.log_level)
-    drain_file = Path(tempfile.mkdtemp(prefix="imagemill-worker-")) / "drain"
+    drain_file = own_folder() / "drain"
     os.environ[DRAIN_FILE] = str(drain_file)
 
     @worker_shutting_down.connect(weak=False)
@@ -179,5 +182,34 @@ def serve() -> None:
             ]
         )
     finally:
-        drain_file.unlink(missing_ok=True)
-        drain_file.parent.rmdir()
+        shutil.rmtree(drain_file.parent, ignore_errors=True)
+
+
+def own_folder() -> Path:
+    """A folder for this process alone, which holds a lock on it as long as it lives; those of the dead are deleted.
+
+    A lock and not a process id, since containers that share a temporary folder do not share ids.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with contextlib.suppress(OSError):  # another user's, or taken away meanwhile
+            lock = _locked(old)
+            shutil.rmtree(old)
+            os.close(lock)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+        with contextlib.suppress(OSError):  # another process took it for a dead one's before it was locked
+            _locked(folder)
+            return folder
+
+
+def _locked(folder: Path) -> int:
+    """The open, locked folder. Raises OSError when a process holds it already."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(number).st_ino != folder.stat().st_ino:
+            raise FileNotFoundError(folder)
+    except OSError:
+        os.close(number)
+        raise
+    return number
