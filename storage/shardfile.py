@@ -325,8 +325,17 @@ def _to_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+def columns_of(data: bytes, names: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a Parquet file in memory, all of them by default. Raises what pyarrow does, and OSError.
+
+    Read in the calling thread: with Arrow's own threads, as `read_table` uses them, a process that ends right after may
+    be aborted by them ("terminate called without an active exception", pyarrow 26).
+    """
+    return pq.ParquetFile(pa.BufferReader(data)).read(columns=names, use_threads=False)
+
+
 def _from_bytes(data: bytes, key: str) -> pa.Table:
     try:
-        return pq.read_table(pa.BufferReader(data))
+        return columns_of(data)
     except (pa.ArrowException, OSError) as error:
         raise Unavailable(f"object {key!r} is no Parquet file: {error}") from None

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import sqlalchemy as sa
 
-from storage import index
+from storage import index, shardfile
 from storage.database import Database
 from storage.errors import BadInput, Unavailable
 from storage.objects import Store
@@ -259,7 +258,7 @@ def _read(store: Store, found: index.ShardObject, live: set[int]) -> _Block:
     if found.sha256 and hashlib.sha256(data).hexdigest() != found.sha256:
         raise Unavailable(f"object {found.key!r} is not what was written: its sha256 differs from the index")
     try:
-        table = pq.read_table(pa.BufferReader(data), columns=["position", "key", "uri", "ok", *embedding.SCHEMA.names])
+        table = shardfile.columns_of(data, ["position", "key", "uri", "ok", *embedding.SCHEMA.names])
         chosen = np.isin(table.column("position").to_numpy(), np.fromiter(live, np.int64, len(live)))
         table = table.filter(pa.array(chosen & table.column("ok").to_numpy()))
         vectors = embedding.matrix(table)
