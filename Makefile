@@ -1,6 +1,6 @@
 # What a developer may ask for. The first demo or test makes .venv and installs into it; after that no network is needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-peers soak clean
+.PHONY: help install demo test slow lint format bench bench-peers soak clean
 SHELL := /bin/sh
 
 EXTRAS ?= worker,models,onnx,openvino,dev
@@ -17,6 +17,7 @@ export PIP_NO_INPUT := 1
 help:
 	@echo 'make demo     install, render pictures, annotate them, score the boxes'
 	@echo 'make test     run the tests; ARGS="tests/jobs -x" chooses and changes them'
+	@echo 'make slow     the sweeps that make test leaves out: thousands of evil pictures, every fault at every point'
 	@echo 'make lint     ruff, mypy and the import rules'
 	@echo 'make format   let ruff repair and format the code'
 	@echo 'make bench    measure beside the limit and the peers; ARGS=--quick only sees that it runs'
@@ -30,6 +31,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+slow: $(READY)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m slow --timeout 3600 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

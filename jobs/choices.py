@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from jobs import states
 from storage.database import Database, Tx, db_now
-from storage.tables import choice, shard, tuning
+from storage.tables import choice, job, shard, tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,14 @@ def keep(db: Database, about: Mapping[str, Any], fastest: Choice, found: Sequenc
     db.transact(work)
 
 
-def items_left(db: Database, job_id: int) -> int:
-    """Items of a job's shards that are planned and not committed."""
+def items_left(db: Database, job_id: int) -> tuple[int, bool]:
+    """Items of a job's shards that are planned and not committed, and whether more are still being planned."""
     left = (shard.c.job_id == job_id, shard.c.state.in_((states.READY, states.LEASED)))
-    rows = db.query(sa.select(sa.func.coalesce(sa.func.sum(shard.c.size), 0).label("items")).where(*left))
-    return int(rows[0].items)
+    # One statement, so that nothing is planned between the two answers.
+    items = sa.select(sa.func.coalesce(sa.func.sum(shard.c.size), 0)).where(*left).scalar_subquery()
+    more = sa.and_(job.c.state == states.PLANNING, ~job.c.cancelled)
+    rows = db.query(sa.select(items.label("items"), more.label("more")).where(job.c.id == job_id))
+    return int(rows[0].items), bool(rows[0].more)
 
 
 def _name(about: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from jobs import choices
@@ -25,6 +26,7 @@ log = logging.getLogger("imagemill.worker")
 
 LEAST_ITEMS = 200  # of a job that is worth a look
 WORTH = 8  # times as long as tuning may take must be what is left of a job, to be worth it
+LISTING_S = 3.0  # for a listing to show that a job is long; a bucket tells about ten thousand keys a second
 
 Sample = Callable[[Claim, Loaded, int], Sequence[Prepared]]  # (claim, model, how many) -> pictures of its shard
 
@@ -75,10 +77,11 @@ class Choosing:
             work.refer(reference.model, sample(claim, reference, tuning.PICTURES))
         finally:
             reference.model.close()
-        left_s = choices.items_left(self._db, claim.job_id) * work.seconds_each
         if not work.seconds_each:
             return tuning.as_is(usual, "no picture to measure on")
-        if left_s < WORTH * self._budget_s:
+        worth_s = WORTH * self._budget_s
+        left_s = self._left(claim, worth_s / work.seconds_each) * work.seconds_each
+        if left_s < worth_s:
             return tuning.as_is(usual, f"about {left_s:.0f} s of work is too little to tune for")
         log.info("tuning %s for job %d, about %.0f s of work", spec.model, claim.job_id, left_s)
         best = work.run()
@@ -103,11 +106,24 @@ class Choosing:
             return self._settle_choice(claim, known)
         if not self._budget_s:
             return self._settle_choice(claim, tuning.as_is(usual, "tuning is switched off"))
-        if claim.careful or choices.items_left(self._db, claim.job_id) < LEAST_ITEMS:
-            return self._settle_choice(claim, tuning.as_is(usual, "too few items to tune for"))
         if not self._models.get(usual, in_use).networks:
             return self._settle_choice(claim, tuning.as_is(usual, "nothing to tune"))
+        if claim.careful or self._left(claim, LEAST_ITEMS) < LEAST_ITEMS:
+            return self._settle_choice(claim, tuning.as_is(usual, "too few items to tune for"))
         return None
+
+    def _left(self, claim: Claim, enough: float) -> int:
+        """Items left of a job. While it is still being listed, a little is waited for as many as would be enough.
+
+        The first shard is claimed moments after the listing begins, and what is settled then holds to the job's end.
+        """
+        until = time.monotonic() + LISTING_S
+        while True:
+            left, more = choices.items_left(self._db, claim.job_id)
+            if left >= enough or not more or time.monotonic() > until:
+                return left
+            self._moved()
+            time.sleep(0.1)
 
     def _settle_choice(self, claim: Claim, wanted: Choice) -> Choice:
         choice = choices.settle(self._db, claim.job_id, self._device_name(), wanted)

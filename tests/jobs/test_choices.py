@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs import choices, progress
+from jobs import choices, lifecycle, progress
 from jobs.choices import Choice
 from storage.database import Database
 from tests.support import claimed, commit, new_worker, opened, planned_job, together
@@ -49,9 +49,16 @@ def test_what_was_measured_serves_the_same_question_only(db: Database) -> None:
 
 def test_items_left_are_those_not_committed(db: Database) -> None:
     job = planned_job(db, shards=3, size=2)
-    assert choices.items_left(db, job.id) == 6
+    assert choices.items_left(db, job.id) == (6, False)
     worker = new_worker(db)
     claim = claimed(db, worker)
-    assert choices.items_left(db, job.id) == 6
+    assert choices.items_left(db, job.id) == (6, False)
     commit(db, claim, worker)
-    assert choices.items_left(db, job.id) == 4
+    assert choices.items_left(db, job.id) == (4, False)
+
+
+def test_while_a_job_is_planned_more_items_may_come(db: Database) -> None:
+    job = planned_job(db, shards=3, size=2, end=False)
+    assert choices.items_left(db, job.id) == (6, True)
+    lifecycle.cancel(db, job.id)
+    assert choices.items_left(db, job.id) == (0, False)
