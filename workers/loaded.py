@@ -110,7 +110,7 @@ class Models:
         if spec.weights:
             path = weights.fetch(self.store, spec.weights, spec.weights_sha256, self.settings.cache_folder)
         opener = _Opener(spec, self.device, self._engines(spec, path), self._running)
-        site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, encodings)
+        site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, encodings, spec.runtime)
         try:
             model: Model = family.load(card, card.params(**spec.params), path, site)
         except ImagemillError:

@@ -213,7 +213,9 @@ class Segmenter:
         """
         if self._keeper is None:
             return ""
-        digest = hashlib.blake2b(f"{self._site.weights_sha256} {self._site.precision} {part.shape}".encode())
+        site = self._site
+        network = f"{site.weights_sha256} {site.runtime} {site.precision} {site.device}"
+        digest = hashlib.blake2b(f"{network} {part.shape}".encode())
         digest.update(part.data)
         return f"{self._family}/{digest.hexdigest()[:64]}"
 

@@ -102,6 +102,7 @@ class Site:
         precision: "fp32", "bf16" or "fp16", for families that keep a loop of their own.
         weights_sha256: of the weights, to name what is made with them.
         encodings: where encoded images are kept, or None.
+        runtime: the job's, to name what is made with it.
     """
 
     device: str
@@ -109,6 +110,7 @@ class Site:
     precision: str = "fp32"
     weights_sha256: str = ""
     encodings: Encodings | None = None
+    runtime: str = "torch"
 
 
 @dataclass(frozen=True, slots=True)

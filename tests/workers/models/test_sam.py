@@ -106,11 +106,11 @@ def pictures() -> list[np.ndarray]:
     return photographs()
 
 
-def load(weights: Path, encodings: Any = None, **params: Any) -> sam.Segmenter:
+def load(weights: Path, encodings: Any = None, runtime: str = "torch", **params: Any) -> sam.Segmenter:
     def open_network(network: Any) -> Any:
         return torch_runtime.open(network, "cpu", "fp32")
 
-    site = Site("cpu", open_network, weights_sha256="ab" * 32, encodings=encodings)
+    site = Site("cpu", open_network, weights_sha256="ab" * 32, encodings=encodings, runtime=runtime)
     return sam.load(sam.CARDS[0], Params(**params), weights, site)
 
 
@@ -493,6 +493,16 @@ class TestEncodings:
         assert encodes({}, points_per_side=2, crop_n_layers=1) == 4
         assert encodes({}, points_per_side=2, crop_n_layers=1) == 0
         assert len(shelf.kept) == 6
+
+    def test_those_of_another_runtime_are_not_taken(self, weights: Path, pictures: list[np.ndarray]) -> None:
+        """A job that asked for exact results must not be given what another runtime computed."""
+        shelf, encoded = Shelf(), []
+        for runtime in ("openvino", "torch", "openvino", "torch"):
+            model = load(weights, shelf, runtime)
+            model.infer([prepared(model, pictures[0], {"points": [[4, 5]]})])
+            model.close()
+            encoded.append(model.encoded)
+        assert encoded == [1, 1, 0, 0]
 
     def test_damaged_ones_are_made_again(self, weights: Path, pictures: list[np.ndarray]) -> None:
         shelf = Shelf()
