@@ -193,8 +193,10 @@ def own_folder() -> Path:
     for old in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         with contextlib.suppress(OSError):  # another user's, or taken away meanwhile
             lock = _locked(old)
-            shutil.rmtree(old)
-            os.close(lock)
+            try:
+                shutil.rmtree(old)
+            finally:
+                os.close(lock)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
         with contextlib.suppress(OSError):  # another process took it for a dead one's before it was locked
