@@ -15,7 +15,7 @@ from PIL import Image
 
 from demo import evaluate, measure_chain
 from demo import scenes as rendered
-from tests.flow import run, run_json
+from tests.flow import run, run_json, workers
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "shapes-yolov8.pt"
@@ -87,7 +87,8 @@ def test_every_way_through_the_system_scores_the_same(laptop: dict[str, str], sc
         "sharded": (scenes / "same", ("--batch", "8", "--shard-size", "7", "--force")),
         "video frames": (video, ("--batch", "8")),
     }
-    scores = {name: map50(laptop, scenes, tmp_path / name, source, *more) for name, (source, more) in ways.items()}
+    with workers(laptop):
+        scores = {name: map50(laptop, scenes, tmp_path / name, source, *more) for name, (source, more) in ways.items()}
     print(scores)
     assert scores["single"] > 0.9
     for name, score in scores.items():

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,20 +30,19 @@ def fast(stack: Stack) -> Stack:
 
 
 def finish(stack: Stack, source: Path, *more: str) -> dict[str, object]:
-    """Annotate and wait, with workers where the stack has none of its own."""
-    if not flow.is_fleet(stack):
-        return dict(run_json(stack, *annotate(source, *more)))
-    with workers(stack):
-        return dict(run_json(stack, *annotate(source, *more)))
+    """Annotate and wait."""
+    return dict(run_json(stack, *annotate(source, *more)))
 
 
 def test_every_item_is_accounted_for_and_a_second_run_does_nothing(stack: Stack, tmp_path: Path) -> None:
+    """A laptop starts its own worker for each command; a fleet has one that stays."""
     keys = pictures(tmp_path / "images", 150)
     prepare(stack)
-    first = finish(stack, tmp_path / "images")
+    with workers(stack) if flow.is_fleet(stack) else nullcontext():
+        first = finish(stack, tmp_path / "images")
+        second = finish(stack, tmp_path / "images")
     assert (first["state"], first["planned"], first["results"], first["failures"]) == ("done", 150, 150, 0)
     assert first["complete"] is True
-    second = finish(stack, tmp_path / "images")
     assert (second["state"], second["planned"], second["fresh"]) == ("done", 0, 150)
     check_all(stack, keys)
 
@@ -51,14 +51,15 @@ def test_changed_new_and_deleted_pictures_are_told_apart(stack: Stack, tmp_path:
     source = tmp_path / "images"
     keys = pictures(source, 60)
     prepare(stack)
-    finish(stack, source)
-    (source / keys[3]).unlink()
-    os.utime(source / keys[5], (1, 1))
-    pictures(source, 62)  # two more, and the same bytes again under new times
-    again = finish(stack, source)
+    with workers(stack):
+        finish(stack, source)
+        (source / keys[3]).unlink()
+        os.utime(source / keys[5], (1, 1))
+        pictures(source, 62)  # two more, and the same bytes again under new times
+        again = finish(stack, source)
+        (source / keys[7]).unlink()
+        last = finish(stack, source)
     assert again["planned"] == 62
-    (source / keys[7]).unlink()
-    last = finish(stack, source)
     assert (last["planned"], last["fresh"], last["pruned"]) == (0, 61, 1)
     keys = sorted(str(p.relative_to(source)) for p in source.rglob("*.jpg"))
     check_all(stack, keys)
@@ -168,7 +169,8 @@ def test_both_stacks_give_identical_rows(home: Path, fleet_stack: Stack, tmp_pat
     laptop = {k: v for k, v in fleet_stack.items() if k not in FLEET_VARIABLES}
     prepare(fleet_stack)
     finish(laptop, source)
-    finish(fleet_stack, source)
+    with workers(fleet_stack):
+        finish(fleet_stack, source)
     mine, theirs = (run(s, "results", "--limit", "0", "--json").stdout.splitlines() for s in (laptop, fleet_stack))
     assert len(mine) == 200
     assert [json.loads(line) for line in mine] == [json.loads(line) for line in theirs]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,12 +40,11 @@ def laptop(home: Path) -> Stack:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def chain(stack: Stack, path: Path) -> list[dict[str, object]]:
-    """Run a pipeline, with workers where the stack has none of its own."""
-    if not flow.is_fleet(stack):
-        return list(run_json(stack, "run", str(path)))
-    with workers(stack):
-        return list(run_json(stack, "run", str(path)))
+@pytest.fixture
+def running(laptop: Stack) -> Iterator[Stack]:
+    """A laptop with a worker that stays."""
+    with workers(laptop):
+        yield laptop
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -56,7 +57,9 @@ def test_a_chain_runs_while_its_first_step_still_does(stack: Stack, tmp_path: Pa
     keys = pictures(tmp_path / "images", COUNT)
     prepare(stack)
     path = written(tmp_path, CHAIN.format(source=tmp_path / "images"))
-    first, crops = chain(stack, path)
+    with workers(stack) if flow.is_fleet(stack) else nullcontext():
+        first, crops = run_json(stack, "run", str(path))
+        again = run_json(stack, "run", str(path))
     assert (first["name"], first["state"], first["results"]) == ("first", "done", COUNT)
     dogs = sum(count for _, count in labels(stack, "dog"))
     assert (crops["name"], crops["state"], crops["results"]) == ("crops", "done", dogs)
@@ -64,7 +67,6 @@ def test_a_chain_runs_while_its_first_step_still_does(stack: Stack, tmp_path: Pa
     began = min(row.at for row in times if row.job_id == crops["id"] and row.action == "claim")
     ended = max(row.at for row in times if row.job_id == first["id"] and row.action == "commit")
     assert began < ended, "the second step waited for the whole of the first"
-    again = chain(stack, path)
     assert [(step["planned"], step["fresh"]) for step in again] == [(0, COUNT), (0, dogs)]
     for step in (first, crops):
         run(stack, "verify", str(step["id"]))
@@ -79,31 +81,31 @@ def labels(stack: Stack, label: str) -> list[tuple[str, int]]:
     return [(row.key, row.objects) for row in rows(flow.database_url(stack), sql)]
 
 
-def test_crops_are_what_the_boxes_cover(laptop: Stack, tmp_path: Path) -> None:
+def test_crops_are_what_the_boxes_cover(running: Stack, tmp_path: Path) -> None:
     """Only a label's boxes become items, and a retry finds their crops again."""
     pictures(tmp_path / "images", 20)
     base = ("--model", "stub", "--device", "cpu", "--quiet")
-    run(laptop, "annotate", str(tmp_path / "images"), *base)
-    run(laptop, "annotate", "results:1?as=crops&label=dog", *base, "--param", "fail_every=5", "--max-failures", "1")
-    keys = {row.key for row in rows(flow.database_url(laptop), "SELECT key FROM item WHERE job_id = 2")}
-    assert keys == {f"{key}#{i}" for key, count in labels(laptop, "dog") for i in range(count)}
+    run(running, "annotate", str(tmp_path / "images"), *base)
+    run(running, "annotate", "results:1?as=crops&label=dog", *base, "--param", "fail_every=5", "--max-failures", "1")
+    keys = {row.key for row in rows(flow.database_url(running), "SELECT key FROM item WHERE job_id = 2")}
+    assert keys == {f"{key}#{i}" for key, count in labels(running, "dog") for i in range(count)}
     failed = "SELECT key FROM item WHERE job_id = {} AND NOT ok"
-    before = {row.key for row in rows(flow.database_url(laptop), failed.format(2))}
+    before = {row.key for row in rows(flow.database_url(running), failed.format(2))}
     assert before
-    run(laptop, "retry", "2")
-    run(laptop, "annotate", "results:1?as=crops&label=dog", *base, "--param", "fail_every=5", "--max-failures", "1")
-    assert {row.key for row in rows(flow.database_url(laptop), failed.format(3))} == before
+    run(running, "retry", "2")
+    run(running, "annotate", "results:1?as=crops&label=dog", *base, "--param", "fail_every=5", "--max-failures", "1")
+    assert {row.key for row in rows(flow.database_url(running), failed.format(3))} == before
 
 
-def test_photos_of_a_label_are_a_dataset(laptop: Stack, tmp_path: Path) -> None:
+def test_photos_of_a_label_are_a_dataset(running: Stack, tmp_path: Path) -> None:
     pictures(tmp_path / "images", 30)
     base = ("--model", "stub", "--device", "cpu", "--quiet")
-    run(laptop, "annotate", str(tmp_path / "images"), *base, "--name", "all")
-    run(laptop, "annotate", "results:all?label=cat&min_score=0.8", *base)
+    run(running, "annotate", str(tmp_path / "images"), *base, "--name", "all")
+    run(running, "annotate", "results:all?label=cat&min_score=0.8", *base)
     wanted = "SELECT i.key FROM item i JOIN item_label l ON l.item_id = i.id WHERE i.job_id = 1 AND l.label = 'cat'"
-    expected = {row.key for row in rows(flow.database_url(laptop), f"{wanted} AND l.top_score >= 0.8")}
+    expected = {row.key for row in rows(flow.database_url(running), f"{wanted} AND l.top_score >= 0.8")}
     assert 0 < len(expected) < 30
-    assert {r.key for r in rows(flow.database_url(laptop), "SELECT key FROM item WHERE job_id = 2")} == expected
+    assert {r.key for r in rows(flow.database_url(running), "SELECT key FROM item WHERE job_id = 2")} == expected
 
 
 def test_variants_are_items_of_their_own(laptop: Stack, tmp_path: Path) -> None:

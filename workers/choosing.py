@@ -43,6 +43,7 @@ class Choosing:
         self._db, self._models, self._device = db, models, device
         self._budget_s, self._moved = budget_s, moved
         self._settled: dict[int, Choice] = {}
+        self._seconds_each: dict[str, float] = {}  # of fp32 torch for a picture, by model key
         self._name = ""
 
     def settled(self, claim: Claim, in_use: Callable[[], set[str]]) -> JobSpec | None:
@@ -72,18 +73,18 @@ class Choosing:
     def _measured(self, claim: Claim, usual: JobSpec, sample: Sample) -> Choice:
         spec = claim.spec
         work = Tuning(spec, self._device, self._models.apart, self._tell, self._budget_s)
-        reference = self._models.apart(tuning.reference(usual))
+        reference = self._models.apart(tuning.reference(usual), keeping=True)
         try:
             work.refer(reference.model, sample(claim, reference, tuning.PICTURES))
         finally:
             reference.model.close()
         if not work.seconds_each:
             return tuning.as_is(usual, "no picture to measure on")
-        worth_s = WORTH * self._budget_s
-        left_s = self._left(claim, worth_s / work.seconds_each) * work.seconds_each
-        if left_s < worth_s:
-            return tuning.as_is(usual, f"about {left_s:.0f} s of work is too little to tune for")
-        log.info("tuning %s for job %d, about %.0f s of work", spec.model, claim.job_id, left_s)
+        self._seconds_each[usual.model_key] = work.seconds_each
+        why_not = self._too_little(claim, work.seconds_each)
+        if why_not:
+            return tuning.as_is(usual, why_not)
+        log.info("tuning %s for job %d", spec.model, claim.job_id)
         best = work.run()
         if best is None:
             return tuning.as_is(usual, "tuned: no other way agrees with fp32 torch")
@@ -110,7 +111,15 @@ class Choosing:
             return self._settle_choice(claim, tuning.as_is(usual, "nothing to tune"))
         if claim.careful or self._left(claim, LEAST_ITEMS) < LEAST_ITEMS:
             return self._settle_choice(claim, tuning.as_is(usual, "too few items to tune for"))
-        return None
+        each = self._seconds_each.get(usual.model_key)
+        why_not = self._too_little(claim, each) if each else ""
+        return self._settle_choice(claim, tuning.as_is(usual, why_not)) if why_not else None
+
+    def _too_little(self, claim: Claim, seconds_each: float) -> str:
+        """Why what is left of a job is not worth tuning for, "" when it is."""
+        worth_s = WORTH * self._budget_s
+        left_s = self._left(claim, worth_s / seconds_each) * seconds_each
+        return f"about {left_s:.0f} s of work is too little to tune for" if left_s < worth_s else ""
 
     def _left(self, claim: Claim, enough: float) -> int:
         """Items left of a job. While it is still being listed, a little is waited for as many as would be enough.

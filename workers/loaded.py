@@ -17,7 +17,7 @@ from storage.objects import Store
 from storage.settings import Settings
 from workers import engines, models, runtimes, weights
 from workers.batches import BatchSize
-from workers.encodings import StoredEncodings
+from workers.encodings import Keeper, StoredEncodings, Written
 from workers.engines import Engines
 from workers.models import Encodings, Model, Site
 from workers.runtimes import Network, NotRunnable, Session
@@ -63,7 +63,8 @@ class Models:
         self._moving, self._running = moving, running
         self._lock = threading.Lock()
         self._held: OrderedDict[str, Loaded] = OrderedDict()
-        self._encodings = StoredEncodings(store, settings.encodings_bytes)
+        limit = settings.encodings_bytes
+        self._encodings = Keeper(StoredEncodings(store, limit)) if limit else None
         self._sizes: dict[str, BatchSize] = {}  # outlives the model: what did not fit will not fit after a reload
 
     def get(self, spec: JobSpec, in_use: Callable[[], set[str]] = set) -> Loaded:
@@ -82,9 +83,16 @@ class Models:
             held.size.asked = spec.batch
             return held
 
-    def apart(self, spec: JobSpec) -> Loaded:
-        """The spec's model, loaded for the caller alone, who closes it; it keeps no encodings. Raises as `get`."""
-        return self._load(spec, BatchSize(spec.batch), None)
+    def apart(self, spec: JobSpec, keeping: bool = False) -> Loaded:
+        """The spec's model, loaded for the caller alone, who closes it. Raises as `get`.
+
+        It looks up no encodings, so that it can be timed.
+
+        Args:
+            keeping: the encodings that it makes, for others.
+        """
+        kept = Written(self._encodings) if keeping and self._encodings is not None else None
+        return self._load(spec, BatchSize(spec.batch), kept)
 
     def close(self) -> None:
         """Free everything."""
@@ -92,6 +100,8 @@ class Models:
             for loaded in self._held.values():
                 loaded.model.close()
             self._held.clear()
+        if self._encodings is not None:
+            self._encodings.close()
 
     def _size(self, spec: JobSpec) -> BatchSize:
         return self._sizes.setdefault(spec.model_key, BatchSize(spec.batch))

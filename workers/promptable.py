@@ -24,7 +24,6 @@ import numpy.typing as npt
 from storage.errors import ItemFailed
 from storage.results.masks import Result
 from workers import maskgen, masks, prompts, queries
-from workers.encodings import Keeper
 from workers.maskgen import Box, Candidate, Params
 from workers.models import Image, Item, Prepared, Site
 from workers.queries import Form, Frame, Queries
@@ -135,8 +134,7 @@ class Segmenter:
     def __init__(self, family: str, params: Params, site: Site, networks: Networks) -> None:
         self._family, self._params, self._site = family, params, site
         self._networks: Networks | None = networks
-        kept = site.encodings if site.weights_sha256 else None
-        self._keeper = None if kept is None else Keeper(kept)
+        self._kept = site.encodings if site.weights_sha256 else None
         self.encoded = 0
 
     def prepare(self, image: Image | None, item: Item) -> Prepared:
@@ -174,11 +172,8 @@ class Segmenter:
         return [one.failed or self._result(one) for one in found]
 
     def close(self) -> None:
-        """Let go of the networks, when the encodings that wait have been stored."""
+        """Let go of the networks."""
         self._networks = None
-        if self._keeper is not None:
-            self._keeper.close()
-            self._keeper = None
 
     def _open(self) -> Networks:
         if self._networks is None:
@@ -193,7 +188,7 @@ class Segmenter:
         frame = self._open().frame((y2 - y1, x2 - x1))
         part = np.ascontiguousarray(image[y1:y2, x1:x2])
         name = self._name(part)
-        encoding = self._kept(name)
+        encoding = self._maps(self._kept.get(name)) if self._kept is not None else None
         pixels = self._open().pixels(part, frame) if encoding is None else None
         return View(crop, frame, pixels, encoding, name, [])
 
@@ -211,7 +206,7 @@ class Segmenter:
 
         Not the image's fingerprint, which the prompts of an item are part of, nor its place.
         """
-        if self._keeper is None:
+        if self._kept is None:
             return ""
         site = self._site
         network = f"{site.weights_sha256} {site.runtime} {site.precision} {site.device}"
@@ -219,8 +214,8 @@ class Segmenter:
         digest.update(part.data)
         return f"{self._family}/{digest.hexdigest()[:64]}"
 
-    def _kept(self, name: str) -> Maps | None:
-        data = self._keeper.get(name) if name and self._keeper is not None else None
+    def _maps(self, data: bytes | None) -> Maps | None:
+        """What was kept, None if that was nothing or something else."""
         shapes = self._open().shapes
         ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
         if data is None or len(data) != 2 * int(ends[-1]):
@@ -274,6 +269,7 @@ class Segmenter:
 
         networks, device = self._open(), self._site.device
         maps = [torch.empty((len(views), *shape), dtype=torch.float16, device=device) for shape in networks.shapes]
+        self._look_again(views)
         new = [i for i, view in enumerate(views) if view.encoding is None]
         if new:
             made = networks.encode([view.pixels for view in views if view.pixels is not None])
@@ -286,15 +282,21 @@ class Segmenter:
                 part[i] = torch.from_numpy(np.array(kept)).to(device)
         return maps
 
+    def _look_again(self, views: Sequence[View]) -> None:
+        """Take what another job has had encoded since the views were made ready."""
+        for view in views:
+            if view.encoding is None and self._kept is not None:
+                view.encoding = self._maps(self._kept.recent(view.name))
+
     def _keep(self, names: Sequence[str], maps: Sequence[Any]) -> None:
         import torch
 
-        if self._keeper is None or not any(names):
+        if self._kept is None:
             return
         encodings = torch.cat([part.flatten(1) for part in maps], 1).cpu().numpy()
         for name, encoding in zip(names, encodings, strict=True):
-            if name and np.isfinite(encoding).all():
-                self._keeper.put(name, encoding.astype("<f2", copy=False).tobytes())
+            if np.isfinite(encoding).all():
+                self._kept.put(name, encoding.astype("<f2", copy=False).tobytes())
 
     def _take(self, found: _Found, view: View, places: npt.NDArray[Any], logits: Any, quality: Any) -> None:
         """Keep what is wanted of the answers to prompts about one view."""

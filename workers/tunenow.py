@@ -54,6 +54,7 @@ def tune(
         best = work.run() if work.seconds_each else None
     finally:
         reference.model.close()
+        models.close()
     if best is None:
         raise BadInput(f"no picture of {spec.dataset!r} could be read, so there is nothing to measure on")
     choices.keep(db, tuning.about(spec, device), best, [dataclasses.asdict(one) for one in work.found])

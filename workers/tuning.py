@@ -171,15 +171,21 @@ class Tuning:
         pictures, size = _alike(prepared)[:PICTURES], BatchSize(self._usual.batch)
         if not pictures:
             return
-        batches.infer(reference, pictures[:1], size)  # the first call pays for more than itself
-        started = time.perf_counter()
-        batches.infer(reference, pictures[:1], size)
-        once_s = time.perf_counter() - started
+        if len(pictures) == 1:
+            pictures *= 2
+        # The first call pays for more than itself. No picture is computed twice: what is made of it may be kept.
+        self._refer(reference, pictures[:1], 1, size)
+        once_s = self._refer(reference, pictures[1:2], 1, size)
         self._pictures = pictures[: max(2, int(_REFERENCE_S / once_s))]
+        rest = self._pictures[2:]
+        self.seconds_each = self._refer(reference, rest, self._usual.batch, size) / len(rest) if rest else once_s
+
+    def _refer(self, reference: Model, pictures: Sequence[Prepared], batch: int, size: BatchSize) -> float:
+        """Seconds that the reference took; its answers are kept."""
         started = time.perf_counter()
-        for at in range(0, len(self._pictures), self._usual.batch):
-            self._expected += batches.infer(reference, self._pictures[at : at + self._usual.batch], size)
-        self.seconds_each = (time.perf_counter() - started) / len(self._pictures)
+        for at in range(0, len(pictures), batch):
+            self._expected += batches.infer(reference, pictures[at : at + batch], size)
+        return time.perf_counter() - started
 
     def run(self) -> Choice | None:
         """Measure what there is time for; the fastest that is admitted, or None when none is."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobs import lifecycle
+from jobs.leases import Claim
 from jobs.lifecycle import NewShard, Planned
 from jobs.spec import AUTO
 from storage.database import Database
+from tests import support
 from tests.support import claimed, new_worker, opened, planned_job
 from workers import choosing
 from workers.choosing import LEAST_ITEMS, Choosing
+from workers.loaded import Loaded
+from workers.models import Prepared
 
 
 @pytest.fixture
@@ -51,3 +56,31 @@ def test_a_job_that_stays_small_is_run_as_usual(db: Database, monkeypatch: pytes
         chosen = chooser(db).settled(claim, set)
         assert chosen is not None
         assert chosen.runtime == "torch"
+
+
+def test_a_model_is_timed_once_for_all_short_jobs(db: Database) -> None:
+    """That a job is too short to be tuned shows without another look at its pictures when the model's pace is known."""
+    pace, looks = 0.001, []
+
+    def infer(batch: Sequence[Prepared]) -> list[Any]:
+        time.sleep(pace * len(batch))
+        return [support.result(1) for _ in batch]
+
+    def sample(claim: Claim, loaded: Loaded, count: int) -> list[Prepared]:
+        looks.append(claim.job_id)
+        return [Prepared("g", number, 0) for number in range(8)]
+
+    model = SimpleNamespace(infer=infer, close=lambda: None)
+    models: Any = SimpleNamespace(
+        get=lambda spec, in_use: SimpleNamespace(networks=True),
+        apart=lambda spec, keeping=False: SimpleNamespace(model=model),
+    )
+    choosing = Choosing(db, models, "cpu", 15, lambda: None)
+    first, second = (planned_job(db, shards=1, size=LEAST_ITEMS, runtime=AUTO, model="same") for _ in range(2))
+    worker = new_worker(db)
+    for job in (first, second):
+        claim = claimed(db, worker)
+        assert claim.job_id == job.id
+        spec = choosing.settled(claim, set) or choosing.measure(claim, sample)
+        assert (spec.runtime, spec.precision) == ("torch", "fp32")
+    assert looks == [first.id]

@@ -89,6 +89,7 @@ class Encodings(Protocol):
     """What costly encoders have made of images, kept for the whole fleet; may forget anything at any time."""
 
     def get(self, name: str) -> bytes | None: ...
+    def recent(self, name: str) -> bytes | None: ...  # what this process has put lately; costs nothing to ask
     def put(self, name: str, data: bytes) -> None: ...
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -513,26 +512,19 @@ class TestEncodings:
             assert model.encoded == 1
             shelf.kept = {name: data[:-1] for name, data in shelf.kept.items()}
 
-    def test_a_slow_store_does_not_hold_up_the_device(self, weights: Path, pictures: list[np.ndarray]) -> None:
-        waiting = threading.Event()
-
-        class Slow(Shelf):
-            def put(self, name: str, data: bytes) -> None:
-                waiting.wait(60)
-                super().put(name, data)
-
-        shelf = Slow()
-        model = load(weights, shelf)
-        picture = pictures[0]
-        for start in range(0, 40, 8):
-            shifted = [np.roll(picture, i, axis=1) for i in range(start, start + 8)]
-            batch = [prepared(model, pixels, {"points": [[4, 5]]}, "key") for pixels in shifted]
+    def test_two_jobs_that_were_made_ready_together(self, weights: Path, pictures: list[np.ndarray]) -> None:
+        """Neither found an encoding when it was prepared; the second finds one when its turn comes."""
+        model = load(weights, Shelf())
+        jobs = [
+            [
+                prepared(model, picture, {"boxes": some_boxes(picture, count, 7)}, f"k{i}")
+                for i, picture in enumerate(pictures)
+            ]
+            for count in (1, 3)
+        ]
+        for batch in jobs:
             assert all(isinstance(result, Result) for result in model.infer(batch))
-        assert model.encoded == 40
-        assert not shelf.kept
-        waiting.set()
-        model.close()
-        assert len(shelf.kept) == 16
+        assert model.encoded == len(pictures)
 
 
 class TestCheckpoints:
