@@ -13,6 +13,8 @@ BIN := .venv/bin
 READY := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PIP_NO_INPUT := 1
+# Every process would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make demo     install, render pictures, annotate them, score the boxes'

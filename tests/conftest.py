@@ -28,6 +28,8 @@ _LIBRARIES = {
     "MPLBACKEND": "agg",
 }
 os.environ.update(_LIBRARIES)
+# Hundreds of processes are started; each would compile our modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Several tests run at once; with a thread for every core in each, a network's threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 Path(_LIBRARIES["YOLO_CONFIG_DIR"]).mkdir()

@@ -1,32 +1,67 @@
-"""How the whole-flow tests run the console script: as a user does, in subprocesses, with an environment for a stack."""
+"""How the whole-flow tests run imagemill: as a user does, in processes, with an environment for a stack."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from storage.settings import Settings
+from tests.forker import Forker
 from tests.invariants import Keys, check, rows
 from tests.times import soon
 
 
 def run(stack: Mapping[str, str], *arguments: str, code: int | None = 0, timeout_s: float = 120) -> Any:
-    """Run imagemill to its end; asserts the exit code and that no traceback was shown."""
+    """Run a command of imagemill to its end; asserts the exit code and that no traceback was shown.
+
+    In a process of its own that was forked, so that it costs no imports; with a PYTHONPATH, as the script is.
+    """
+    if "PYTHONPATH" in stack or not _one_at_a_time.acquire(blocking=False):
+        return run_script(stack, *arguments, code=code, timeout_s=timeout_s)
+    try:
+        done = forker().run(stack, arguments, timeout_s)
+    finally:
+        _one_at_a_time.release()
+    return _as_expected(done, code)
+
+
+def run_script(stack: Mapping[str, str], *arguments: str, code: int | None = 0, timeout_s: float = 120) -> Any:
+    """The same by the console script, as a user starts it."""
     done = subprocess.run(
         ["imagemill", *arguments], env=dict(stack), capture_output=True, text=True, timeout=timeout_s, check=False
     )
+    return _as_expected(done, code)
+
+
+@cache
+def forker() -> Forker:
+    """The parent of this test process's commands; it ends with us."""
+    made = Forker()
+    atexit.register(made.close)
+    return made
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _as_expected(done: subprocess.CompletedProcess[str], code: int | None) -> subprocess.CompletedProcess[str]:
     assert "Traceback" not in done.stderr, done.stderr
-    assert code is None or done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    wanted = f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert code is None or done.returncode == code, wanted
     return done
 
 
@@ -59,6 +94,12 @@ def workers(stack: Mapping[str, str], *, log: Path | None = None) -> Iterator[su
     """The stack's workers: `worker` on a fleet, `up` on a laptop."""
     with background(stack, "worker" if is_fleet(stack) else "up", "--device", "cpu", log=log) as process:
         yield process
+
+
+def by_default(one: str) -> pytest.MarkDecorator:
+    """One of the stacks in the default run, the other only among the slow tests."""
+    both = [pytest.param(name, marks=[] if name == one else [pytest.mark.slow]) for name in ("laptop", "fleet")]
+    return pytest.mark.parametrize("stack", both, indirect=True)
 
 
 def is_fleet(stack: Mapping[str, str]) -> bool:

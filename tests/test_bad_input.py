@@ -27,37 +27,6 @@ from tests.services import HOST, SCRIPTS, Postgres, SeaweedFS, Valkey, free_port
 Stack = dict[str, str]
 PER_COMMAND_S = 30
 
-# A fresh process for each command without paying its imports each time: the parent has imported what `imagemill` does,
-# and forks. It gets one line of JSON a command; the child is then what the console script is.
-_FORKER = """
-import json, os, sys, traceback
-import cli
-import click, celery, sqlalchemy, alembic.command, pydantic_settings, pyarrow.parquet, boto3, obstore, psycopg, redis
-import jobs.plan, jobs.queue, jobs.reconcile, storage.s3, storage.folder, storage.migrate, workers.submit
-import workers.runjob, workers.local, workers.models.yolo, workers.models.stub, storage.exporters.coco
-for line in sys.stdin:
-    call = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.environ.clear()
-        os.environ.update(call["env"])
-        os.chdir(call["cwd"])
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(os.path.join(call["cwd"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = ["imagemill", *call["arguments"]]
-        code = 1
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -69,37 +38,18 @@ class Answer:
 
 
 class Forker:
-    """Runs commands in fresh processes that are quick to make."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    """Runs commands, and says how long each took."""
 
     def run(self, stack: Mapping[str, str], *arguments: str) -> Answer:
         """One command to its end."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
         started = time.monotonic()
-        call = {"env": dict(stack), "cwd": str(self.folder), "arguments": arguments}
-        process.stdin.write(json.dumps(call) + "\n")
-        process.stdin.flush()
-        code = int(process.stdout.readline())
-        lines = (self.folder / "err").read_text(errors="replace").strip().splitlines()
-        return Answer(code, lines, time.monotonic() - started)
-
-    def close(self) -> None:
-        """End the parent."""
-        self._process.communicate(timeout=10)
+        done = flow.forker().run(stack, arguments, 2 * PER_COMMAND_S)
+        return Answer(done.returncode, done.stderr.strip().splitlines(), time.monotonic() - started)
 
 
 @pytest.fixture(scope="module")
-def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
-    made = Forker(tmp_path_factory.mktemp("forker"))
-    yield made
-    made.close()
+def forker() -> Forker:
+    return Forker()
 
 
 @pytest.fixture(scope="module")

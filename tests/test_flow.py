@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 from tests import flow
-from tests.flow import background, check_all, committed, pictures, prepare, run, run_json, wait_until, workers
+from tests.flow import (
+    background,
+    check_all,
+    committed,
+    pictures,
+    prepare,
+    run,
+    run_json,
+    run_script,
+    wait_until,
+    workers,
+)
 from tests.services import Valkey
 
 Stack = dict[str, str]
@@ -31,7 +42,7 @@ def fast(stack: Stack) -> Stack:
 
 def finish(stack: Stack, source: Path, *more: str) -> dict[str, object]:
     """Annotate and wait."""
-    return dict(run_json(stack, *annotate(source, *more)))
+    return dict(json.loads(run_script(stack, *annotate(source, *more), "--json").stdout))
 
 
 def test_every_item_is_accounted_for_and_a_second_run_does_nothing(stack: Stack, tmp_path: Path) -> None:
@@ -47,6 +58,7 @@ def test_every_item_is_accounted_for_and_a_second_run_does_nothing(stack: Stack,
     check_all(stack, keys)
 
 
+@flow.by_default("laptop")
 def test_changed_new_and_deleted_pictures_are_told_apart(stack: Stack, tmp_path: Path) -> None:
     source = tmp_path / "images"
     keys = pictures(source, 60)
@@ -65,6 +77,7 @@ def test_changed_new_and_deleted_pictures_are_told_apart(stack: Stack, tmp_path:
     check_all(stack, keys)
 
 
+@flow.by_default("fleet")
 def test_a_killed_process_group_loses_and_doubles_nothing(fast: Stack, tmp_path: Path) -> None:
     source = tmp_path / "images"
     keys = pictures(source, 300)
@@ -148,6 +161,7 @@ def started(stack: Stack) -> bool:
     return True
 
 
+@flow.by_default("fleet")
 def test_two_recipes_on_one_worker_are_never_mixed(stack: Stack, tmp_path: Path) -> None:
     source = tmp_path / "images"
     keys = pictures(source, 120)

@@ -53,6 +53,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@flow.by_default("laptop")
 def test_a_chain_runs_while_its_first_step_still_does(stack: Stack, tmp_path: Path) -> None:
     keys = pictures(tmp_path / "images", COUNT)
     prepare(stack)

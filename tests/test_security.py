@@ -25,6 +25,7 @@ from jobs import leases, lifecycle, queue
 from storage import tables
 from storage.errors import BadInput
 from storage.settings import Settings
+from tests import flow
 from tests.flow import background, check_all, committed, pictures, run, run_json, wait_until, workers
 from tests.invariants import rows
 from tests.services import SCRIPTS, Postgres, SeaweedFS, Valkey
@@ -373,6 +374,7 @@ HOSTILE = (
 )
 
 
+@flow.by_default("fleet")
 def test_hostile_names_round_trip_through_files_and_tables(stack: Stack, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     (original,) = pictures(tmp_path / "one", 1)

@@ -75,6 +75,7 @@ def placed(stack: Stack, request: pytest.FixtureRequest, paths: list[Path]) -> s
     return url
 
 
+@flow.by_default("fleet")
 def test_tars_and_a_video(stack: Stack, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pictures = tars(tmp_path / "data")
     clip(tmp_path / "data" / "clip.mp4", 130, size=(128, 96))

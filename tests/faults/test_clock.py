@@ -69,12 +69,12 @@ time.time_ns = lambda: int(time.time() * 1e9)
 """
 
 
-@pytest.mark.parametrize("shift_s", [3600, -3600])
+@pytest.mark.parametrize("shift_s", [3600, pytest.param(-3600, marks=pytest.mark.slow)])
 def test_a_worker_whose_clock_is_wrong(
     home: Path, tmp_path: Path, postgres_url: str, s3_url: str, broker_url: str, shift_s: int
 ) -> None:
     """A worker and its reconciler have another time than the database, the store and the other worker."""
-    keys = pictures(tmp_path / "images", 120)
+    keys = pictures(tmp_path / "images", 96)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(_SITE)
     stack = {

@@ -446,6 +446,7 @@ def test_a_network_that_a_runtime_cannot_run_runs_in_torch(
         held.get(dataclasses.replace(job, precision="bf16"))
 
 
+@pytest.mark.slow
 def test_a_model_computes_on_while_the_next_ones_network_is_exported(tmp_path: Path) -> None:
     """In a thread of its own, as the last batches of one job do; and what the child cannot do it says."""
     job, path, found = spec(tmp_path), tmp_path / "weights", []

@@ -186,7 +186,7 @@ def test_a_long_job_is_tuned_once_and_says_so(stack: dict[str, str], scenes: Pat
     flow.check_all(stack, [path.name for path in scenes.iterdir()])
 
 
-@pytest.mark.timeout(600)  # a network is exported in a process of its own
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["laptop"], indirect=True)
 def test_tune_is_kept_for_later_jobs(stack: dict[str, str], scenes: Path) -> None:
     model = str(DEMO / "shapes-yolov8.pt")

@@ -239,7 +239,7 @@ SMALL: dict[str, dict[str, Any]] = {  # the same -> parameters that make it quic
     "sam2": {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
     "yoloseg": {"imgsz": 64, "max_det": 5},
     "torchvision_segmentation": {"imgsz": 64},
-    "maskrcnn": {"imgsz": 128, "max_det": 5},
+    "maskrcnn": {"imgsz": 64, "max_det": 5},
     "torchvision_models": {"imgsz": 32},
 }
 
@@ -395,7 +395,7 @@ def test_an_empty_result_is_valid(subject: Subject) -> None:
 
 
 def test_pictures_are_prepared_from_threads(subject: Subject) -> None:
-    images = pictures(16)
+    images = pictures(8)
     with ThreadPoolExecutor(4) as pool:
         batch = list(pool.map(lambda i: subject.model.prepare(images[i], Item(f"key-{i}")), range(len(images))))
     results = subject.model.infer(batch)

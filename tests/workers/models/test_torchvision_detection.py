@@ -144,7 +144,11 @@ def assert_same(ours: Result, theirs: dict[str, np.ndarray], tolerance: float = 
         free[near.argmax()] = False
 
 
-@pytest.mark.parametrize("name", _BUILDERS)
+# Large networks, each of a family of which a smaller one is tried.
+LARGE = ("ssd300_vgg16", "fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in _BUILDERS])
 def test_boxes_are_those_of_torchvision(name: str, tmp_path: Path) -> None:
     theirs = built(name, **small(name))
     path = saved(theirs, tmp_path / f"{name}.pth")

@@ -280,7 +280,11 @@ class TestMaskRcnn:
 
     @pytest.mark.parametrize(
         ("builder", "frozen"),
-        [("maskrcnn_resnet50_fpn", False), ("maskrcnn_resnet50_fpn", True), ("maskrcnn_resnet50_fpn_v2", False)],
+        [
+            ("maskrcnn_resnet50_fpn", False),
+            pytest.param("maskrcnn_resnet50_fpn", True, marks=pytest.mark.slow),
+            pytest.param("maskrcnn_resnet50_fpn_v2", False, marks=pytest.mark.slow),
+        ],
     )
     def test_same_as_torchvision(self, builder: str, frozen: bool, made: Any, images: list[np.ndarray]) -> None:
         theirs, path = made(builder, frozen)
