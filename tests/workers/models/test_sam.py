@@ -13,6 +13,7 @@ import torch
 from storage import rle
 from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
+from tests.support import shared
 from tests.workers.models.promptable_support import Shelf, agree, iou, photographs, pixels, prepared, run, some_boxes
 from tests.workers.models.tinysam import SIDE, tiny
 from workers import masks
@@ -89,15 +90,18 @@ def taught(made: Any, pictures: list[np.ndarray], steps: int = 220) -> Any:
 
 
 @pytest.fixture(scope="module")
-def theirs(pictures: list[np.ndarray]) -> Any:
-    return taught(tiny(), pictures[:2])
+def weights(pictures: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def teach(path: Path) -> None:
+        torch.save(taught(tiny(), pictures[:2]).state_dict(), path)
+
+    return shared(tmp_path_factory, "taught-sam.pth", teach)
 
 
 @pytest.fixture(scope="module")
-def weights(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sam") / "tiny.pth"
-    torch.save(theirs.state_dict(), path)
-    return path
+def theirs(weights: Path) -> Any:
+    made = tiny()
+    made.load_state_dict(torch.load(weights, weights_only=True))
+    return made.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
