@@ -43,7 +43,7 @@ class Mill:
             raise LeftOut(common.last_line(done.stderr) or common.last_line(done.stdout))
         return done.stdout
 
-    def job(self, kind: str, dataset: Path, model: str, runtime: str = "torch", **options: Any) -> Figures:
+    def job(self, kind: str, dataset: Path | str, model: str, runtime: str = "torch", **options: Any) -> Figures:
         """Run a job to its end.
 
         Args:

@@ -1,6 +1,7 @@
 """imagemill against its limit and against everyone else, on the same pictures and weights, in interleaved rounds.
 
     make bench                      five rounds, then benchmarks/RESULTS.md is written
+    make bench ARGS=--all           with further models, and bf16 also where the processor has none: hours
     make bench ARGS=--quick         one short round, to see that it runs; writes nothing
     make bench-peers                first, to have Ray Data measured too
 
@@ -29,6 +30,7 @@ from benchmarks.common import Figures, Measure
 from benchmarks.mill import Mill
 
 KINDS = (("torch", "fp32"), ("torch", "bf16"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
+FP32 = tuple(kind for kind in KINDS if kind[1] == "fp32")
 BENCH_PYTHON = common.ROOT / ".venv-bench" / "bin" / "python"
 
 
@@ -43,7 +45,8 @@ class Plan:
         tiny: items of a job without pictures worth the name.
         seconds: for each part.
         names: workloads.
-        shard_sizes: of imagemill's jobs.
+        kinds: (runtime, precision).
+        shard_sizes: of imagemill's jobs; all but the first kind's are of the first size only.
     """
 
     rounds: int = 5
@@ -51,27 +54,38 @@ class Plan:
     peer_pictures: int = 240
     tiny: int = 20_000
     seconds: float = 5
-    names: tuple[str, ...] = tuple(workloads.WORKLOADS)
+    names: tuple[str, ...] = ("yolov8n", "dinov2", "stub")
+    kinds: tuple[tuple[str, str], ...] = KINDS if common.has_bf16() else FP32
     shard_sizes: tuple[int, ...] = (64, 1024)
 
+    @property
+    def precisions(self) -> list[str]:
+        return list(dict.fromkeys(precision for _, precision in self.kinds))
 
+
+ALL = Plan(names=tuple(workloads.WORKLOADS), kinds=KINDS)
 _FEW = ("yolov8n", "stub")
-QUICK = Plan(rounds=1, pictures=16, peer_pictures=16, tiny=1000, seconds=0.2, names=_FEW, shard_sizes=(64,))
+QUICK = Plan(
+    rounds=1, pictures=16, peer_pictures=16, tiny=1000, seconds=0.2, names=_FEW, kinds=KINDS, shard_sizes=(64,)
+)
 
 
 def main() -> int:
     """Make pictures and weights, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round")
+    parser.add_argument("--all", action="store_true", help="every model and precision")
     parser.add_argument("--rounds", type=int, help="instead of five")
     parser.add_argument("--only", default="", metavar="TEXT", help="measures with this in their names")
     parser.add_argument("--out", type=Path, help="the file to write; default RESULTS.md, none with --quick or --only")
     arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else Plan()
+    plan = QUICK if arguments.quick else ALL if arguments.all else Plan()
     count = arguments.rounds or plan.rounds
     partial = arguments.quick or bool(arguments.only)
     out = arguments.out or (None if partial else common.HERE / "RESULTS.md")
     title = [f"{count} round(s), jobs of {plan.pictures} pictures, batch {workloads.BATCH}", *common.machine()]
+    if plan.kinds != KINDS:
+        title.append("bf16 is left out: this processor has none")
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="imagemill-bench-"))
     try:
@@ -79,6 +93,7 @@ def main() -> int:
         made.mkdir()
         common.child("workloads.py", str(made), "--pictures", str(plan.pictures))
         workloads.write_manifest(folder / "tiny.csv", made / "tiny.ppm", plan.tiny)
+        workloads.write_prompts(folder / "prompts.txt", plan.tiny)
         with Mill(folder / "home") as mill:
             wanted = [one for one in measures(made, mill, plan) if arguments.only in one.label or one.role == "decode"]
             taken, without = common.rounds(wanted, count, functools.partial(print, flush=True))
@@ -107,7 +122,7 @@ def _parts(folder: Path, plan: Plan) -> list[Measure]:
     found = []
     brief = ("--seconds", plan.seconds)
     for workload in plan.names:
-        for runtime, precision in KINDS if workload != "stub" else ():
+        for runtime, precision in plan.kinds if workload != "stub" else ():
             how = ("--workload", workload, "--runtime", runtime, "--precision", precision)
             take = _child("parts.py", "forward", folder, *how, *brief)
             found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, take))
@@ -122,8 +137,8 @@ def _ours(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     for workload in plan.names:
         _, kind, weights = workloads.WORKLOADS[workload]
         model = str(folder / weights) if weights else "stub"
-        for runtime, precision in KINDS if weights else KINDS[:1]:
-            for shard_size in plan.shard_sizes:
+        for runtime, precision in plan.kinds if weights else KINDS[:1]:
+            for shard_size in plan.shard_sizes if (runtime, precision) == KINDS[0] else plan.shard_sizes[:1]:
                 options = {
                     "runtime": runtime,
                     "precision": precision,
@@ -136,6 +151,9 @@ def _ours(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     for shard_size in plan.shard_sizes:
         take = functools.partial(mill.job, "detections", folder.parent / "tiny.csv", "stub", shard_size=shard_size)
         found.append(Measure("stub, 2 x 2 pictures", "imagemill", f"shards of {shard_size}", "", take))
+        prompts = f"prompts:{folder.parent / 'prompts.txt'}"
+        take = functools.partial(mill.job, "detections", prompts, "stub", shard_size=shard_size)
+        found.append(Measure("stub, no pictures", "imagemill", f"shards of {shard_size}", "", take))
     one = functools.partial(mill.job, "detections", folder / "few", "stub", batch=workloads.BATCH)
     found.append(Measure("stub, one batch", "imagemill", "", "", one))
     return found
@@ -159,11 +177,11 @@ def _peers(folder: Path, plan: Plan) -> list[Measure]:
     found = [Measure("yolov8n", "ultralytics", "as installed", "fp32", ultralytics())]
     found += [Measure("yolov8n", "ultralytics tuned", name, *how) for name, how in tuned.items()]
     for workload in ("dinov2", "yolos"):
-        for precision in ("fp32", "bf16"):
+        for precision in plan.precisions:
             take = _child("peers/hf_pipeline.py", folder, "--workload", workload, "--precision", precision, *count)
             found.append(Measure(workload, "HF pipeline", precision, precision, take))
     for workload in ("yolov8n", "dinov2"):
-        for precision in ("fp32", "bf16"):
+        for precision in plan.precisions:
             for reader in ("PIL", "cv2"):
                 how = ("--workload", workload, "--precision", precision, "--reader", reader)
                 take = _child("peers/dataloader.py", folder, *how, *count)

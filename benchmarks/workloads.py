@@ -79,6 +79,12 @@ def write_manifest(path: Path, picture: Path, count: int) -> Path:
     return path
 
 
+def write_prompts(path: Path, count: int) -> Path:
+    """`count` items without pictures."""
+    path.write_text("".join(f"{i:08d}\n" for i in range(count)))
+    return path
+
+
 def yolov8n(folder: Path) -> None:
     """The detector, as ultralytics saves it."""
     from ultralytics import YOLO

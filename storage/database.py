@@ -10,6 +10,8 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ T = TypeVar("T")
 Tx = sa.Connection
 
 _UPGRADE = "run: imagemill db upgrade"
+_ROWS = 500  # in one statement of SQLite, which takes 32,766 values of them
 
 # SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
 # timeouts, a server that shuts down, starts up, fails over or has no connection left (postgresql.org, appendix A).
@@ -145,7 +148,7 @@ class Database:
 
 
 def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert many rows at the speed of the driver: COPY on Postgres, executemany with bare tuples on SQLite.
+    """Insert many rows at the speed of the driver: COPY on Postgres, hundreds of rows a statement on SQLite.
 
     Raises the same errors as any other statement, such as IntegrityError for a row that is there already.
     """
@@ -165,8 +168,17 @@ def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[
             # COPY goes around SQLAlchemy, so the driver's errors are put into its clothes here.
             raise DBAPIError.instance(statement, None, error, base, dialect=tx.dialect) from error
     else:
-        marks = ", ".join("?" for _ in columns)
-        tx.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', list(rows))  # noqa: S608
+        # With executemany the interpreter's lock is let go and taken again for every row, which beside busy threads
+        # means to wait for each.
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
+            tx.exec_driver_sql(_sqlite_insert(table.name, names, len(columns), len(part)), tuple(chain(*part)))
+
+
+@lru_cache(maxsize=64)
+def _sqlite_insert(table: str, names: str, columns: int, rows: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return f'INSERT INTO "{table}" ({names}) VALUES {", ".join([row] * rows)}'  # noqa: S608
 
 
 def _engine(url: str, patience_s: float) -> sa.Engine:

@@ -118,7 +118,10 @@ class Stream:
 
     def fetch_and_prepare(self, run: Run, positions: Sequence[int], ready: Arrivals) -> None:
         """Start items on their way; each arrives in `ready` once, whatever happens, together with others or alone."""
-        self._fetchers.submit(self._fetch, run, positions, ready)
+        if any(run.rows[position].uri for position in positions):
+            self._fetchers.submit(self._fetch, run, positions, ready)
+        else:
+            self._decoders.submit(self._prepare_bare, run, positions, ready)
 
     def _fetch(self, run: Run, positions: Sequence[int], ready: Arrivals) -> None:
         started = time.perf_counter()
@@ -202,6 +205,26 @@ class Stream:
             time.sleep(min(5.0, self.settings.lease_seconds / 4))
             self._failed_fetches = _OUTAGE_FETCHES - 1
 
+    def _prepare_bare(self, run: Run, positions: Sequence[int], ready: Arrivals) -> None:
+        """What the model takes of items without pictures: so little work each that they are timed together."""
+        self.computing.wait()
+        # In processor time, since these wait for nothing but other threads.
+        started = time.thread_time()
+        done = [Ready(run, position, None, self._bare(run, position)) for position in positions]
+        seconds = time.thread_time() - started
+        run.spent("prepare", seconds)
+        run.portion.took(len(done), seconds)
+        ready.put(done)
+
+    @staticmethod
+    def _bare(run: Run, position: int) -> Prepared | ItemFailed:
+        if run.dropped:
+            return _dropped()
+        try:
+            return _prepared(run, None, run.item(position))
+        except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
+            return _unexpected("prepare", error)
+
     def _prepare(self, run: Run, fetched: Sequence[tuple[int, bytes]], fetch_s: float, ready: Arrivals) -> None:
         """Pixels, then what the model takes, of items that were fetched together in `fetch_s` seconds."""
         waited_s = 0.0
@@ -232,7 +255,7 @@ class Stream:
 
     def _decode(self, run: Run, position: int, data: bytes) -> tuple[tuple[int, int] | None, Prepared | ItemFailed]:
         if run.dropped:
-            return None, ItemFailed("fetch", "dropped", "the shard was given back")
+            return None, _dropped()
         item = run.item(position)
         if not item.uri:
             return None, _prepared(run, None, item)
@@ -245,7 +268,8 @@ class Stream:
             pixels = picture.pixels
             if "crop" in item.data:
                 pixels = images.crop(pixels, item.data["crop"])
-            return (pixels.shape[1], pixels.shape[0]), _prepared(run, pixels, item)
+            with run.timed("prepare"):
+                return (pixels.shape[1], pixels.shape[0]), _prepared(run, pixels, item)
         finally:
             self._decoded.give(nbytes)
 
@@ -375,12 +399,15 @@ def _pictures(settings: Settings, threads: int) -> images.Here | Sandbox:
 def _prepared(run: Run, image: images.Pixels | None, item: Item) -> Prepared | ItemFailed:
     """What the model makes of an item, or what is wrong with it; never an exception, so that its size is kept."""
     try:
-        with run.timed("prepare"):
-            return run.loaded.model.prepare(image, item)
+        return run.loaded.model.prepare(image, item)
     except ItemFailed as error:
         return error
     except Exception as error:  # noqa: BLE001 (a model may raise anything)
         return _unexpected("prepare", error)
+
+
+def _dropped() -> ItemFailed:
+    return ItemFailed("fetch", "dropped", "the shard was given back")
 
 
 def _unexpected(stage: str, error: Exception) -> ItemFailed:

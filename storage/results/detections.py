@@ -44,7 +44,8 @@ class Result:
         shapes = (self.boxes_xyxy.shape, self.scores.shape, self.class_ids.shape)
         if shapes != ((n, 4), (n,), (n,)):
             raise ValueError(f"expected shapes ({n}, 4), ({n},), ({n},) for {n} labels, but got {shapes}")
-        if not (np.isfinite(self.boxes_xyxy).all() and np.isfinite(self.scores).all()):
+        # Of a few numbers, looking for a zero byte takes a third of the time of all().
+        if b"\0" in np.isfinite(self.boxes_xyxy).tobytes() or b"\0" in np.isfinite(self.scores).tobytes():
             raise ValueError("expected finite boxes and scores, but got NaN or infinity")
 
 
@@ -94,9 +95,9 @@ def summary(result: Result) -> Summary:
     """How many objects of which label, and the highest score of each."""
     labels: dict[str, tuple[int, float]] = {}
     for label, score in zip(result.labels, result.scores.tolist(), strict=True):
-        count, top = labels.get(label, (0, 0.0))
-        labels[label] = (count + 1, max(top, score))
-    top_score = max((top for _, top in labels.values()), default=None)
+        count, top = labels.get(label, (0, score))
+        labels[label] = (count + 1, top if top >= score else score)
+    top_score = max([top for _, top in labels.values()]) if labels else None
     return Summary(len(result.labels), top_score, labels)
 
 
