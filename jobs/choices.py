@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from jobs import states
 from storage.database import Database, Tx, db_now
@@ -92,4 +92,5 @@ def _name(about: Mapping[str, Any]) -> str:
 
 
 def _insert(tx: Tx, table: sa.Table) -> Any:
-    return (postgresql if tx.dialect.name == "postgresql" else sqlite).insert(table)
+    # That of Postgres imports what every other command can do without.
+    return importlib.import_module(f"sqlalchemy.dialects.{tx.dialect.name}").insert(table)

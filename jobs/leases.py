@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -20,8 +20,10 @@ from jobs.spec import SCHEMA_VERSION, JobSpec
 from storage import index
 from storage.database import Database, Tx, db_now
 from storage.errors import Conflict, one_line
-from storage.shardfile import Outcome, Written
 from storage.tables import job, shard, worker
+
+if TYPE_CHECKING:
+    from storage.shardfile import Outcome, Written
 
 _logger = logging.getLogger("imagemill.leases")
 

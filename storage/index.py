@@ -11,15 +11,17 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from storage import results
 from storage.database import Database, Tx, bulk_insert, db_now
 from storage.errors import BadInput
-from storage.shardfile import Outcome
 from storage.tables import MAX_SHARD_ITEMS, item, item_id, item_label, job, shard
+
+if TYPE_CHECKING:
+    from storage.shardfile import Outcome
 
 _IN_LIMIT = 5000  # values in one IN list; SQLite takes 32,766, Postgres 65,535
 

@@ -7,10 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from storage.database import Database
+import sqlalchemy as sa
+
+from storage.database import Database, Tx
 from storage.errors import Misconfigured
 from storage.settings import masked
 
+HEAD = "0001"  # the newest revision in migrations/
 _PATIENCE_S = 2
 _one_at_a_time = threading.Lock()  # alembic keeps what it is doing in a global of its module
 
@@ -25,31 +28,27 @@ def folder() -> Path:
     raise Misconfigured(f"no migrations in {checkout} or {installed}; install imagemill again")
 
 
-def head() -> str:
-    """The newest revision this code knows."""
-    from alembic.script import ScriptDirectory
-
-    revision = ScriptDirectory(str(folder())).get_current_head()
-    assert revision is not None
-    return revision
-
-
 def current(database: Database) -> str | None:
     """The revision a database is at, or None when it has no tables yet."""
-    from alembic.migration import MigrationContext
+
+    def look(tx: Tx) -> str | None:
+        # Alembic's own way to ask this would be a sixth of the time of a short command.
+        if not sa.inspect(tx).has_table("alembic_version"):
+            return None
+        return tx.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
     # A connection that breaks is no reason to give up; a server that is not there should be said soon.
-    return database.ask(lambda tx: MigrationContext.configure(tx).get_current_revision(), _PATIENCE_S)
+    return database.ask(look, _PATIENCE_S)
 
 
 def upgrade(database: Database) -> tuple[str | None, str]:
     """Bring a database to the newest revision; returns (before, after). Several processes may call it at once."""
+    before, newest = current(database), HEAD
+    if before == newest:
+        return before, newest
     from alembic import command
     from alembic.config import Config
 
-    before, newest = current(database), head()
-    if before == newest:
-        return before, newest
     _check_known(database, before, newest)
     config = Config()
     config.set_main_option("script_location", str(folder()).replace("%", "%%"))
@@ -69,7 +68,7 @@ def check(database: Database, *, create: bool) -> None:
     Args:
         create: make the tables of a database that has none (a laptop's own SQLite file).
     """
-    revision, newest = current(database), head()
+    revision, newest = current(database), HEAD
     if revision == newest:
         return
     if revision is None and create:

@@ -55,7 +55,7 @@ def _database(settings: Settings) -> str:
         migrate.check(db, create=not settings.database_url)
     finally:
         db.close()
-    return f"{masked(settings.database)} at revision {migrate.head()}"
+    return f"{masked(settings.database)} at revision {migrate.HEAD}"
 
 
 def _store(settings: Settings) -> str:

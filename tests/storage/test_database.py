@@ -360,7 +360,7 @@ def test_new_sqlite_file_opened_by_many_at_once(tmp_path: Path) -> None:
         finally:
             db.close()
 
-    assert set(together(work, 8)) == {migrate.head()}
+    assert set(together(work, 8)) == {migrate.HEAD}
 
 
 def test_foreign_keys_hold_on_both(db: Database) -> None:

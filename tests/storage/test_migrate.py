@@ -93,12 +93,18 @@ def test_sqlite_numbers_rows_by_itself(empty: Database) -> None:
     assert [row.id for row in empty.query(sa.select(tables.event.c.id).order_by(tables.event.c.id))] == [1, 2]
 
 
+def test_the_newest_revision_is_the_one_that_is_named() -> None:
+    from alembic.script import ScriptDirectory
+
+    assert ScriptDirectory(str(migrate.folder())).get_current_head() == migrate.HEAD
+
+
 def test_upgrade_twice(empty: Database) -> None:
     assert migrate.current(empty) is None
-    assert migrate.upgrade(empty) == (None, migrate.head())
+    assert migrate.upgrade(empty) == (None, migrate.HEAD)
     new_worker(empty)
-    assert migrate.upgrade(empty) == (migrate.head(), migrate.head())
-    assert migrate.current(empty) == migrate.head()
+    assert migrate.upgrade(empty) == (migrate.HEAD, migrate.HEAD)
+    assert migrate.current(empty) == migrate.HEAD
     assert count(empty, tables.worker) == 1
 
 
@@ -110,7 +116,7 @@ def test_upgrades_by_threads_at_once(database_url: str) -> None:
         finally:
             db.close()
 
-    assert set(together(work, 6)) == {migrate.head()}
+    assert set(together(work, 6)) == {migrate.HEAD}
     db = Database(database_url)
     assert differences(db) == []
     assert count(db, sa.table("alembic_version")) == 1
@@ -155,7 +161,7 @@ def test_downgrade_and_upgrade_again(empty: Database) -> None:
 
     empty.transact(down)
     assert sa.inspect(empty.engine).get_table_names() == ["alembic_version"]
-    assert migrate.upgrade(empty) == (None, migrate.head())
+    assert migrate.upgrade(empty) == (None, migrate.HEAD)
     assert differences(empty) == []
 
 
@@ -194,7 +200,7 @@ def test_an_unknown_revision_asks_for_a_newer_imagemill(empty: Database) -> None
 
 def test_an_old_revision_names_the_remedy(empty: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     migrate.upgrade(empty)
-    monkeypatch.setattr(migrate, "head", lambda: "0002")
+    monkeypatch.setattr(migrate, "HEAD", "0002")
     message = one_line(lambda: migrate.check(empty, create=True))
     assert f"is at revision {migrate.current(empty)}" in message
     assert "needs 0002" in message
