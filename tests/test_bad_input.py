@@ -327,7 +327,7 @@ def test_annotate_says_that_the_broker_is_not_there(files: Path, tmp_path: Path,
         env=stack,
         capture_output=True,
         text=True,
-        timeout=10,
+        timeout=60,
     )
     assert done.returncode == 1
     assert "cannot reach the broker" in done.stderr

@@ -23,7 +23,7 @@ from tests.services import SCRIPTS
 SEED = 20_260_511
 REASONS = {"empty", "too-many-bytes", "too-many-pixels", "unknown-format", "truncated", "corrupt"}
 MAX_PIXELS = 20_000_000
-PATIENCE_S = 10
+PATIENCE_S = 60  # for one file, beside other tests
 MARK = "@@@ "
 # Decodes what a list names, in order, and says of each what came out and how long it took.
 DECODE_ALL = f"""

@@ -31,7 +31,7 @@ from tests.support import age, new_worker, opened, outcomes_of, spec, written
 
 SIZE = 2
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

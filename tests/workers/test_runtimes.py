@@ -342,7 +342,7 @@ def _spread_yolo(folder: Path) -> Path:
     return of_yolo.checkpoint(folder, "yolov8n", list(of_yolo.pictures(Path(ASSETS)).values())[:2])
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=["yolo", "dinov2", pytest.param("sam", marks=pytest.mark.slow)])
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
     name, params = NETWORKS[request.param]
     family, card = models.family(request.param), models.family(request.param).CARDS[0]

@@ -450,7 +450,7 @@ def test_a_full_disk_leaves_nothing(mill: Mill, tmp_path: Path, format: str) -> 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("few", "many", "items"),
-    [(20, 60, 50), pytest.param(20, 200, 500, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    [(25, 75, 100), pytest.param(20, 200, 500, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
 )
 def test_memory_does_not_grow_with_the_recipe(
     mill: Mill, tmp_path: Path, format: str, few: int, many: int, items: int

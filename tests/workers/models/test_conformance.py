@@ -239,7 +239,7 @@ SMALL: dict[str, dict[str, Any]] = {  # the same -> parameters that make it quic
     "sam2": {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
     "yoloseg": {"imgsz": 64, "max_det": 5},
     "torchvision_segmentation": {"imgsz": 64},
-    "maskrcnn": {"imgsz": 64, "max_det": 5},
+    "maskrcnn": {"imgsz": 128, "max_det": 5},
     "torchvision_models": {"imgsz": 32},
 }
 
