@@ -26,6 +26,7 @@ T = TypeVar("T")
 Tx = sa.Connection
 
 _UPGRADE = "run: imagemill db upgrade"
+_IDLE_MS = 10_000  # in a transaction, ms; whoever is frozen in one holds locks that the others wait for
 _ROWS = 500  # in one statement of SQLite, which takes 32,766 values of them
 
 # SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
@@ -234,7 +235,8 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
             "keepalives_count": 3,
             "prepare_threshold": None,  # prepared statements break behind PgBouncer in transaction mode
             "application_name": "imagemill",
-            "options": "-c lock_timeout=15000 -c statement_timeout=120000 -c idle_in_transaction_session_timeout=60000",
+            "options": f"-c lock_timeout=15000 -c statement_timeout=120000 "
+            f"-c idle_in_transaction_session_timeout={_IDLE_MS}",
         },
     )
 

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from storage import migrate
+from storage import database, migrate
 from storage.database import Database, Tx, bulk_insert, db_now
 from storage.errors import ImagemillError, Misconfigured, StoreFull, Unavailable
 from storage.tables import event, worker
@@ -392,6 +392,30 @@ def test_missing_database(postgres: Postgres) -> None:
     assert isinstance(error, Misconfigured)
     assert 'database "nowhere" does not exist' in str(error)
     assert postgres.password not in str(error)
+
+
+def test_whoever_is_frozen_in_a_transaction_holds_nobody_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process keeps its locks until the server ends its session; when it goes on, it does its work again."""
+    assert database._IDLE_MS <= 15_000, "what is said of a rescue: the lease and 15 s"
+    monkeypatch.setattr(database, "_IDLE_MS", 500)
+    asleep, tries = threading.Event(), []
+
+    def sleepy(tx: Tx) -> None:
+        tries.append(1)
+        tx.execute(sa.update(worker).values(model="sleeper"))
+        asleep.set()
+        time.sleep(2 if len(tries) == 1 else 0)
+
+    with opened(postgres_url) as db:
+        new_worker(db)
+        sleeper = threading.Thread(target=lambda: db.transact(sleepy))
+        sleeper.start()
+        assert asleep.wait(10)
+        db.transact(lambda tx: tx.execute(sa.update(worker).values(queue="seen")) and None)
+        assert sleeper.is_alive(), "it was waited for"
+        sleeper.join()
+        row = db.query(sa.select(worker.c.model, worker.c.queue))[0]
+        assert (row.model, row.queue, len(tries)) == ("sleeper", "seen", 2)
 
 
 def test_wrong_password_and_user(postgres: Postgres) -> None:
