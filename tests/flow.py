@@ -60,8 +60,7 @@ _one_at_a_time = threading.Lock()
 
 def _as_expected(done: subprocess.CompletedProcess[str], code: int | None) -> subprocess.CompletedProcess[str]:
     assert "Traceback" not in done.stderr, done.stderr
-    wanted = f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert code is None or done.returncode == code, wanted
+    assert code is None or done.returncode == code, f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 

@@ -37,7 +37,7 @@ class Answer:
     seconds: float
 
 
-class Forker:
+class Commands:
     """Runs commands, and says how long each took."""
 
     def run(self, stack: Mapping[str, str], *arguments: str) -> Answer:
@@ -48,8 +48,8 @@ class Forker:
 
 
 @pytest.fixture(scope="module")
-def forker() -> Forker:
-    return Forker()
+def forker() -> Commands:
+    return Commands()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done_home(forker: Forker, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done_home(forker: Commands, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with one finished job, which no test may change."""
     folder = tmp_path_factory.mktemp("done") / "home"
     run(plain(folder), "annotate", str(files / "images"), "--model", "stub", "--device", "cpu", "--quiet")
@@ -159,7 +159,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_request_is_one_line_and_leaves_nothing(forker: Forker, files: Path, tmp_path: Path, name: str) -> None:
+def test_a_wrong_request_is_one_line_and_leaves_nothing(
+    forker: Commands, files: Path, tmp_path: Path, name: str
+) -> None:
     case = WRONG[name]
     source = str(files / case.source) if case.source and "://" not in case.source else case.source
     model = case.model.replace("FILES", str(files))
@@ -181,7 +183,7 @@ DEVICES = ("tpu", "7", "", "gpu", "cpu,7")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_device_that_is_not_there_leaves_no_job(forker: Forker, files: Path, tmp_path: Path, device: str) -> None:
+def test_a_device_that_is_not_there_leaves_no_job(forker: Commands, files: Path, tmp_path: Path, device: str) -> None:
     home = tmp_path / "home"
     command = ("annotate", str(files / "images"), "--model", "stub", "--quiet", "--device", device)
     refused(forker.run(plain(home), *command), 2, "device" if device != "gpu" else "no NVIDIA GPU")
@@ -189,7 +191,7 @@ def test_a_device_that_is_not_there_leaves_no_job(forker: Forker, files: Path, t
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_device_that_is_not_there_is_one_line(forker: Forker, files: Path, tmp_path: Path, device: str) -> None:
+def test_a_device_that_is_not_there_is_one_line(forker: Commands, files: Path, tmp_path: Path, device: str) -> None:
     stack = plain(tmp_path / "home")
     for command in (("annotate", str(files / "images"), "--model", "stub", "--quiet"), ("up",)):
         refused(
@@ -197,7 +199,7 @@ def test_a_device_that_is_not_there_is_one_line(forker: Forker, files: Path, tmp
         )
 
 
-def test_an_impossible_place_for_the_export_leaves_no_job(forker: Forker, files: Path, tmp_path: Path) -> None:
+def test_an_impossible_place_for_the_export_leaves_no_job(forker: Commands, files: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     command = ("annotate", str(files / "images"), "--model", "stub", "--quiet", "--device", "cpu")
     refused(forker.run(plain(home), *command, "--out", "ftp://host/x"), 2, "s3://bucket/prefix")
@@ -220,7 +222,7 @@ CLICK = (
 
 
 @pytest.mark.parametrize("command", CLICK, ids=" ".join)
-def test_a_wrong_option_ends_with_what_is_wrong(forker: Forker, tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_a_wrong_option_ends_with_what_is_wrong(forker: Commands, tmp_path: Path, command: tuple[str, ...]) -> None:
     answer = forker.run(plain(tmp_path / "home"), *command)
     text = "\n".join(answer.lines)
     assert (answer.code, "Traceback" in text) == (2, False), text
@@ -228,7 +230,7 @@ def test_a_wrong_option_ends_with_what_is_wrong(forker: Forker, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("command", CLICK, ids=" ".join)
-def test_a_wrong_option_is_one_line(forker: Forker, tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_a_wrong_option_is_one_line(forker: Commands, tmp_path: Path, command: tuple[str, ...]) -> None:
     refused(forker.run(plain(tmp_path / "home"), *command), 2)
 
 
@@ -259,7 +261,9 @@ ON_A_DONE_JOB = {
 
 
 @pytest.mark.parametrize("name", ON_A_DONE_JOB)
-def test_a_wrong_question_is_one_line(forker: Forker, files: Path, done_home: Path, tmp_path: Path, name: str) -> None:
+def test_a_wrong_question_is_one_line(
+    forker: Commands, files: Path, done_home: Path, tmp_path: Path, name: str
+) -> None:
     command, code, word = ON_A_DONE_JOB[name]
     words = [w.replace("FILES", str(files)).replace("OUT", str(tmp_path / "out")) for w in command]
     refused(forker.run(plain(done_home), *words), code, word)
@@ -267,7 +271,7 @@ def test_a_wrong_question_is_one_line(forker: Forker, files: Path, done_home: Pa
     assert len(rows(f"sqlite:///{done_home}/imagemill.db", "SELECT * FROM job")) == 1
 
 
-def test_a_huge_limit_is_no_error(forker: Forker, done_home: Path) -> None:
+def test_a_huge_limit_is_no_error(forker: Commands, done_home: Path) -> None:
     assert forker.run(plain(done_home), "jobs", "--limit", "9" * 30).code == 0
 
 
@@ -289,7 +293,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in SETTINGS.items() for v in values])
-def test_a_wrong_setting_is_one_line(forker: Forker, tmp_path: Path, name: str, value: str) -> None:
+def test_a_wrong_setting_is_one_line(forker: Commands, tmp_path: Path, name: str, value: str) -> None:
     stack = plain(tmp_path / "home", **{f"IMAGEMILL_{name}": value})
     command = ("worker", "--device", "cpu") if name == "BROKER_URL" else ("jobs",)
     refused(forker.run(stack, *command), 1)
@@ -302,7 +306,7 @@ def closed() -> int:
     return free_ports(1)[0]
 
 
-def test_servers_that_are_not_there(forker: Forker, files: Path, tmp_path: Path, closed: int) -> None:
+def test_servers_that_are_not_there(forker: Commands, files: Path, tmp_path: Path, closed: int) -> None:
     postgres = plain(tmp_path / "a", IMAGEMILL_DATABASE_URL=f"postgresql://u:hunter2@{HOST}:{closed}/x")
     redis = plain(tmp_path / "b", IMAGEMILL_BROKER_URL=f"redis://:hunter2@{HOST}:{closed}/0")
     keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "hunter2"}
@@ -334,7 +338,7 @@ def test_annotate_says_that_the_broker_is_not_there(files: Path, tmp_path: Path,
 
 
 def test_passwords_and_names_that_servers_refuse(
-    forker: Forker, files: Path, tmp_path: Path, postgres: Postgres, valkey: Valkey, seaweed: SeaweedFS
+    forker: Commands, files: Path, tmp_path: Path, postgres: Postgres, valkey: Valkey, seaweed: SeaweedFS
 ) -> None:
     wrong, ask = "hunter2", ("annotate", str(files / "images"), "--model", "stub", "--device", "cpu", "--quiet")
     database = postgres.url.replace(postgres.password, wrong)
@@ -351,7 +355,7 @@ def test_passwords_and_names_that_servers_refuse(
     refused(forker.run(source, "annotate", "s3://not-there/x", *ask[2:]), 1, "bucket of s3://not-there")
 
 
-def test_a_database_of_another_revision(forker: Forker, tmp_path: Path, postgres_url: str) -> None:
+def test_a_database_of_another_revision(forker: Commands, tmp_path: Path, postgres_url: str) -> None:
     import sqlalchemy as sa
 
     stack = plain(tmp_path / "home", IMAGEMILL_DATABASE_URL=postgres_url)
@@ -364,7 +368,7 @@ def test_a_database_of_another_revision(forker: Forker, tmp_path: Path, postgres
     refused(forker.run(stack, "jobs"), 1, "revision 9999", "install the newer imagemill")
 
 
-def test_a_corrupt_sqlite_file(forker: Forker, tmp_path: Path, done_home: Path) -> None:
+def test_a_corrupt_sqlite_file(forker: Commands, tmp_path: Path, done_home: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "imagemill.db").write_bytes(b"this is not a database at all " * 500)
@@ -378,7 +382,7 @@ def test_a_corrupt_sqlite_file(forker: Forker, tmp_path: Path, done_home: Path) 
     refused(forker.run(plain(home), "jobs"), 1, "cannot open the database")
 
 
-def test_a_home_that_is_no_folder(forker: Forker, files: Path, tmp_path: Path) -> None:
+def test_a_home_that_is_no_folder(forker: Commands, files: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for home in (tmp_path / "file", tmp_path / "file" / "below"):
         refused(forker.run(plain(home), "jobs"), 1, "set IMAGEMILL_HOME")
@@ -402,13 +406,13 @@ def disk(folder: Path, *options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_home_that_cannot_be_written(forker: Forker, tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written(forker: Commands, tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "size=1m", "ro") as home:
         refused(forker.run(plain(home), "jobs"), 1, "check the folder and its permissions")
         refused(forker.run(plain(home / "below"), "jobs"), 1, "Read-only file system", "IMAGEMILL_HOME")
 
 
-def test_a_folder_that_is_gone_and_a_model_that_leads_nowhere(forker: Forker, files: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_gone_and_a_model_that_leads_nowhere(forker: Commands, files: Path, tmp_path: Path) -> None:
     """What the system refuses is one line wherever it is met."""
     code = "import os, sys; os.rmdir(os.getcwd()); os.execvp(sys.argv[1], sys.argv[1:])"
     (tmp_path / "cwd").mkdir()
@@ -427,7 +431,7 @@ def test_a_folder_that_is_gone_and_a_model_that_leads_nowhere(forker: Forker, fi
     refused(answer, 2, "there is no model file")
 
 
-def test_a_home_on_a_full_disk(forker: Forker, tmp_path: Path) -> None:
+def test_a_home_on_a_full_disk(forker: Commands, tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "size=64k") as home:
         with contextlib.suppress(OSError):
             (home / "filler").write_bytes(b"x" * 100_000)
@@ -495,7 +499,7 @@ def test_each_odd_picture_is_one_row_with_its_reason(home: Path, tmp_path: Path)
     assert (again["planned"], again["fresh"]) == (0, len(expected))
 
 
-def test_a_checkpoint_of_another_task(forker: Forker, files: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_task(forker: Commands, files: Path, tmp_path: Path) -> None:
     """Built in a process of its own: this one need not hold torch."""
     path = tmp_path / "segment.pt"
     script = f"from ultralytics import YOLO; YOLO('yolov8n-seg.yaml').save({str(path)!r})"
@@ -590,7 +594,7 @@ OTHER_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", OTHER_KINDS)
 def test_a_wrong_request_of_another_kind_leaves_nothing(
-    forker: Forker, others: Path, tmp_path: Path, name: str
+    forker: Commands, others: Path, tmp_path: Path, name: str
 ) -> None:
     command, words = OTHER_KINDS[name]
     given = [word.replace("FILES", str(others)) for word in command]
@@ -600,7 +604,7 @@ def test_a_wrong_request_of_another_kind_leaves_nothing(
     no_jobs(home)
 
 
-def test_an_extra_that_is_missing_is_named(forker: Forker, others: Path, tmp_path: Path) -> None:
+def test_an_extra_that_is_missing_is_named(forker: Commands, others: Path, tmp_path: Path) -> None:
     """Where the machine that is asked would have to compute it; a fleet's producer needs no such library."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util\nfind = importlib.util.find_spec\n"

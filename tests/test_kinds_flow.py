@@ -94,7 +94,6 @@ def assert_same(one: Any, other: Any) -> None:
 UNFINISHED = "SELECT id FROM job WHERE finished_at IS NULL"
 
 
-@pytest.mark.timeout(600)  # fourteen jobs of seven kinds
 def test_results_do_not_depend_on_batch_shards_and_workers(fleet: Stack, tmp_path: Path) -> None:
     prepare(fleet)
     source = str(photos(tmp_path / "photos", COUNT))

@@ -71,6 +71,7 @@ class Keeper:
     def __init__(self, store: StoredEncodings) -> None:
         self._store = store
         self._waiting = threading.Semaphore(_WAITING)
+        self._stuck = False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="encodings")
         self._lock = threading.Lock()
         self._recent: OrderedDict[str, bytes] = OrderedDict()
@@ -88,12 +89,14 @@ class Keeper:
     def put(self, name: str, data: bytes) -> None:
         """Remember it, and store it later; the caller waits a little when many wait to be stored.
 
-        To encode an image a second time costs more than to wait. A store that is that slow for long, or away, costs
-        the fleet its use of this one.
+        To encode an image a second time costs more than to wait. A store that takes nothing for so long costs the fleet
+        its use of this one and of those that follow, which are waited for again once it has taken something.
         """
         self._remember(name, data)
-        if self._waiting.acquire(timeout=_PATIENCE_S):
+        if self._waiting.acquire(timeout=0 if self._stuck else _PATIENCE_S):
             self._threads.submit(self._put, name, data)
+        else:
+            self._stuck = True
 
     def close(self) -> None:
         """Wait until what was put is stored."""
@@ -111,6 +114,7 @@ class Keeper:
         try:
             self._store.put(name, data)
         finally:
+            self._stuck = False
             self._waiting.release()
 
 

@@ -287,6 +287,7 @@ class Segmenter:
         for view in views:
             if view.encoding is None and self._kept is not None:
                 view.encoding = self._maps(self._kept.recent(view.name))
+                view.pixels = view.pixels if view.encoding is None else None
 
     def _keep(self, names: Sequence[str], maps: Sequence[Any]) -> None:
         import torch

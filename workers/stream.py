@@ -210,20 +210,11 @@ class Stream:
         self.computing.wait()
         # In processor time, since these wait for nothing but other threads.
         started = time.thread_time()
-        done = [Ready(run, position, None, self._bare(run, position)) for position in positions]
+        done = [self._prepared_one(run, position, b"") for position in positions]
         seconds = time.thread_time() - started
         run.spent("prepare", seconds)
         run.portion.took(len(done), seconds)
         ready.put(done)
-
-    @staticmethod
-    def _bare(run: Run, position: int) -> Prepared | ItemFailed:
-        if run.dropped:
-            return _dropped()
-        try:
-            return _prepared(run, None, run.item(position))
-        except Exception as error:  # noqa: BLE001 (an item must arrive, whatever went wrong with it)
-            return _unexpected("prepare", error)
 
     def _prepare(self, run: Run, fetched: Sequence[tuple[int, bytes]], fetch_s: float, ready: Arrivals) -> None:
         """Pixels, then what the model takes, of items that were fetched together in `fetch_s` seconds."""
@@ -255,7 +246,7 @@ class Stream:
 
     def _decode(self, run: Run, position: int, data: bytes) -> tuple[tuple[int, int] | None, Prepared | ItemFailed]:
         if run.dropped:
-            return None, _dropped()
+            return None, ItemFailed("fetch", "dropped", "the shard was given back")
         item = run.item(position)
         if not item.uri:
             return None, _prepared(run, None, item)
@@ -404,10 +395,6 @@ def _prepared(run: Run, image: images.Pixels | None, item: Item) -> Prepared | I
         return error
     except Exception as error:  # noqa: BLE001 (a model may raise anything)
         return _unexpected("prepare", error)
-
-
-def _dropped() -> ItemFailed:
-    return ItemFailed("fetch", "dropped", "the shard was given back")
 
 
 def _unexpected(stage: str, error: Exception) -> ItemFailed:

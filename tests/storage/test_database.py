@@ -414,7 +414,7 @@ def test_whoever_is_frozen_in_a_transaction_holds_nobody_up(postgres_url: str, m
         tries.append(1)
         tx.execute(sa.update(worker).values(model="sleeper"))
         asleep.set()
-        time.sleep(2 if len(tries) == 1 else 0)
+        time.sleep(5 if len(tries) == 1 else 0)
 
     with opened(postgres_url) as db:
         new_worker(db)

@@ -530,6 +530,17 @@ class TestEncodings:
             assert all(isinstance(result, Result) for result in model.infer(batch))
         assert model.encoded == len(pictures)
 
+    def test_a_batch_of_which_some_have_been_encoded_meanwhile(self, weights: Path, pictures: list[np.ndarray]) -> None:
+        asked = [(p, {"boxes": some_boxes(p, 2, seed)}, f"k{seed}") for seed, p in enumerate(pictures)]
+        expected = load(weights, Shelf()).infer([prepared(load(weights), *one) for one in asked])
+        model = load(weights, Shelf())
+        batch = [prepared(model, *one) for one in asked]
+        model.infer([prepared(model, *one) for one in asked[1::2]])
+        results = model.infer(batch)
+        assert model.encoded == len(pictures)
+        for one, other in zip(expected, results, strict=True):
+            assert all(iou(a, b) > 0.999 for a, b in zip(pixels(one), pixels(other), strict=True))
+
 
 class TestCheckpoints:
     """Any size is built from the shapes of its tensors; anything else is refused with one line."""
