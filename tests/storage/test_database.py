@@ -177,6 +177,14 @@ def test_bulk_insert_of_nothing(db: Database) -> None:
     db.transact(lambda tx: bulk_insert(tx, sa.table("item_label"), LABEL_COLUMNS, []))
 
 
+@pytest.mark.parametrize("number", [1, database._ROWS - 1, database._ROWS, 2 * database._ROWS + 7])
+def test_bulk_insert_of_any_number(db: Database, number: int) -> None:
+    rows = [(i, f"label {i}", 1, i, 0.25) for i in range(number)]
+    db.transact(lambda tx: bulk_insert(tx, sa.table("item_label"), LABEL_COLUMNS, rows))
+    got = db.query(sa.text("select item_id, label, recipe_id, objects, top_score from item_label order by item_id"))
+    assert [tuple(row) for row in got] == rows
+
+
 def test_bulk_insert_takes_hostile_text(db: Database) -> None:
     labels = ["tab\tnew\nline", "back\\slash\\N", "\\.", "quote'\"", "", "日本 🐕", "null"]
     rows = [(i, label, 1, 1, 0.25) for i, label in enumerate(labels)]
@@ -286,10 +294,14 @@ def test_queries_are_tried_again_after_a_kill(postgres: Postgres, pg: Database) 
             kill_backends(postgres, pg)
             kills.append(1)
 
+    def slowly(tx: Tx) -> None:
+        add_event(tx, "x")
+        tx.execute(sa.text("select pg_sleep(0.1)"))  # so that most kills find one under way
+
     def ask(number: int) -> None:
         while len(kills) < 4:
             count(pg, event)
-            pg.transact(lambda tx: add_event(tx, "x"))
+            pg.transact(slowly)
             written.append(number)
 
     killer, written = threading.Thread(target=kill), list[int]()
