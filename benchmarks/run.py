@@ -65,9 +65,7 @@ class Plan:
 
 ALL = Plan(names=tuple(workloads.WORKLOADS), kinds=KINDS)
 _FEW = ("yolov8n", "stub")
-QUICK = Plan(
-    rounds=1, pictures=16, peer_pictures=16, tiny=1000, seconds=0.2, names=_FEW, kinds=KINDS, shard_sizes=(64,)
-)
+QUICK = Plan(rounds=1, pictures=16, peer_pictures=16, tiny=1000, seconds=0.2, names=_FEW, shard_sizes=(64,))
 
 
 def main() -> int:
