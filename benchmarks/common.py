@@ -88,12 +88,16 @@ class Taken:
 
 
 def rounds(
-    measures: Sequence[Measure], count: int, say: Callable[[str], None]
-) -> tuple[list[Taken], list[tuple[str, str]]]:
+    measures: Sequence[Measure],
+    count: int,
+    say: Callable[[str], None],
+    done: Callable[[list[Taken], list[tuple[str, str]]], None] = lambda taken, without: None,
+) -> None:
     """Take every measure once a round, so that what disturbs the machine disturbs all alike.
 
-    Returns:
-        the medians, and (label, reason) of each measure that could not be taken; one is not asked twice.
+    Args:
+        done: told after each round the medians so far, and (label, reason) of each measure that could not be taken;
+            one is not asked twice.
     """
     found: dict[str, list[Figures]] = {measure.label: [] for measure in measures}
     without: dict[str, str] = {}
@@ -110,12 +114,12 @@ def rounds(
                 continue
             found[measure.label].append(figures)
             say(f"  {measure.label:<58} {figures['rate']:9.1f} items/s")
-    taken = [
-        Taken(measure, medians(found[measure.label]), tuple(f["rate"] for f in found[measure.label]))
-        for measure in measures
-        if measure.label not in without
-    ]
-    return taken, list(without.items())
+        taken = [
+            Taken(measure, medians(found[measure.label]), tuple(f["rate"] for f in found[measure.label]))
+            for measure in measures
+            if measure.label not in without
+        ]
+        done(taken, list(without.items()))
 
 
 def medians(found: Sequence[Mapping[str, float]]) -> Figures:

@@ -43,17 +43,19 @@ class Plan:
         pictures: of a job.
         peer_pictures: of a run of a peer, which is timed after its first batch.
         tiny: items of a job without pictures worth the name.
+        waiting: items of a job on a device that works beside the processor.
         seconds: for each part.
         names: workloads.
         kinds: (runtime, precision).
-        shard_sizes: of imagemill's jobs; all but the first kind's are of the first size only.
+        shard_sizes: of imagemill's jobs without a network; the others are of the first size.
     """
 
     rounds: int = 5
-    pictures: int = 640
-    peer_pictures: int = 240
+    pictures: int = 320
+    peer_pictures: int = 160
     tiny: int = 20_000
-    seconds: float = 5
+    waiting: int = 4096
+    seconds: float = 6
     names: tuple[str, ...] = ("yolov8n", "dinov2", "stub")
     kinds: tuple[tuple[str, str], ...] = KINDS if common.has_bf16() else FP32
     shard_sizes: tuple[int, ...] = (64, 1024)
@@ -65,7 +67,9 @@ class Plan:
 
 ALL = Plan(names=tuple(workloads.WORKLOADS), kinds=KINDS)
 _FEW = ("yolov8n", "stub")
-QUICK = Plan(rounds=1, pictures=16, peer_pictures=16, tiny=1000, seconds=0.2, names=_FEW, shard_sizes=(64,))
+QUICK = Plan(
+    rounds=1, pictures=16, peer_pictures=16, tiny=1000, waiting=256, seconds=0.2, names=_FEW, shard_sizes=(64,)
+)
 
 
 def main() -> int:
@@ -81,7 +85,7 @@ def main() -> int:
     count = arguments.rounds or plan.rounds
     partial = arguments.quick or bool(arguments.only)
     out = arguments.out or (None if partial else common.HERE / "RESULTS.md")
-    title = [f"{count} round(s), jobs of {plan.pictures} pictures, batch {workloads.BATCH}", *common.machine()]
+    title = common.machine()
     if plan.kinds != KINDS:
         title.append("bf16 is left out: this processor has none")
     started = time.monotonic()
@@ -91,70 +95,72 @@ def main() -> int:
         made.mkdir()
         common.child("workloads.py", str(made), "--pictures", str(plan.pictures))
         workloads.write_manifest(folder / "tiny.csv", made / "tiny.ppm", plan.tiny)
+        workloads.write_manifest(folder / "waiting.csv", made / "tiny.ppm", plan.waiting)
         workloads.write_prompts(folder / "prompts.txt", plan.tiny)
         with Mill(folder / "home") as mill:
             wanted = [one for one in measures(made, mill, plan) if arguments.only in one.label or one.role == "decode"]
-            taken, without = common.rounds(wanted, count, functools.partial(print, flush=True))
+
+            def write(taken: list[common.Taken], without: list[tuple[str, str]]) -> None:
+                rounds = f"{max(len(one.rates) for one in taken)} round(s), jobs of {plan.pictures} pictures"
+                took = f"took {(time.monotonic() - started) / 60:.0f} minutes; load at the end {os.getloadavg()[0]:.1f}"
+                text = table.text([f"{rounds}, batch {workloads.BATCH}", *title, took], taken, without)
+                print(f"\n{text}", flush=True)
+                if out:
+                    out.write_text(text)
+
+            common.rounds(wanted, count, functools.partial(print, flush=True), write)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    title.append(f"took {(time.monotonic() - started) / 60:.0f} minutes; load at the end {os.getloadavg()[0]:.1f}")
-    text = table.text(title, taken, without)
-    print(f"\n{text}")
-    if out:
-        out.write_text(text)
     return 0
 
 
 def measures(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
-    """Everything that is measured, in the order of a round."""
-    everything = [*_parts(folder, plan), *_ours(folder, mill, plan), *_peers(folder, plan)]
-    wanted = {*plan.names, "pictures"}
-    return [one for one in everything if one.workload.partition(",")[0] in wanted]
+    """Everything that is measured, in the order of a round: what is divided by one another stands close together."""
+    everything = [
+        Measure("pictures", "decode", "", "", _child("parts.py", "decode", folder, "--seconds", plan.seconds))
+    ]
+    for workload in plan.names:
+        everything += [*_with_a_network(workload, folder, mill, plan), *_peers(workload, folder, plan)]
+    return [*everything, *_without_a_network(folder, mill, plan)]
 
 
 def _child(script: str, *arguments: Any, **options: Any) -> Callable[[], Figures]:
     return functools.partial(common.child, script, *map(str, arguments), **options)
 
 
-def _parts(folder: Path, plan: Plan) -> list[Measure]:
-    found = []
-    brief = ("--seconds", plan.seconds)
-    for workload in plan.names:
-        for runtime, precision in plan.kinds if workload != "stub" else ():
-            how = ("--workload", workload, "--runtime", runtime, "--precision", precision)
-            take = _child("parts.py", "forward", folder, *how, *brief)
-            found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, take))
-        take = _child("parts.py", "prepare", folder, "--workload", workload, *brief)
-        found.append(Measure(workload, "prepare", "", "", take))
-    found.append(Measure("pictures", "decode", "", "", _child("parts.py", "decode", folder, *brief)))
+def _with_a_network(workload: str, folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
+    """For each runtime its bare forward pass, and imagemill right after it; and the preparing of pictures."""
+    _, kind, weights = workloads.WORKLOADS[workload]
+    brief = ("--workload", workload, "--seconds", plan.seconds)
+    found = [Measure(workload, "prepare", "", "", _child("parts.py", "prepare", folder, *brief))]
+    for runtime, precision in plan.kinds if weights else ():
+        how = ("--runtime", runtime, "--precision", precision)
+        forward = _child("parts.py", "forward", folder, *brief, *how)
+        options = {"precision": precision, "batch": workloads.BATCH, "shard_size": plan.shard_sizes[0]}
+        job = functools.partial(_warm_job, mill, kind, folder, str(folder / weights), {"runtime": runtime, **options})
+        found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, forward))
+        found.append(Measure(workload, "imagemill", f"{runtime} {precision}", precision, job))
     return found
 
 
-def _ours(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
+def _without_a_network(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
+    """What is around a network: pictures, items alone, and a device that needs no processor."""
+    if "stub" not in plan.names:
+        return []
     found = []
-    for workload in plan.names:
-        _, kind, weights = workloads.WORKLOADS[workload]
-        model = str(folder / weights) if weights else "stub"
-        for runtime, precision in plan.kinds if weights else KINDS[:1]:
-            for shard_size in plan.shard_sizes if (runtime, precision) == KINDS[0] else plan.shard_sizes[:1]:
-                options = {
-                    "runtime": runtime,
-                    "precision": precision,
-                    "batch": workloads.BATCH,
-                    "shard_size": shard_size,
-                }
-                take = functools.partial(_warm_job, mill, kind, folder, model, options)
-                name = f"{runtime} {precision}, shards of {shard_size}"
-                found.append(Measure(workload, "imagemill", name, precision if weights else "", take))
-    for shard_size in plan.shard_sizes:
-        take = functools.partial(mill.job, "detections", folder.parent / "tiny.csv", "stub", shard_size=shard_size)
-        found.append(Measure("stub, 2 x 2 pictures", "imagemill", f"shards of {shard_size}", "", take))
-        prompts = f"prompts:{folder.parent / 'prompts.txt'}"
-        take = functools.partial(mill.job, "detections", prompts, "stub", shard_size=shard_size)
-        found.append(Measure("stub, no pictures", "imagemill", f"shards of {shard_size}", "", take))
+    datasets = {
+        "stub": (folder / "pictures", {"batch": workloads.BATCH}),
+        "stub, 2 x 2 pictures": (folder.parent / "tiny.csv", {"batch": 256}),
+        "stub, no pictures": (f"prompts:{folder.parent / 'prompts.txt'}", {"batch": 256}),
+        # 64 items in 100 ms, and meanwhile the processor is free, as beside a GPU.
+        "stub, 100 ms a batch": (folder.parent / "waiting.csv", {"batch": 64, "param": "delay_ms=100"}),
+    }
+    for name, (dataset, options) in datasets.items():
+        for size in plan.shard_sizes:
+            take = functools.partial(mill.job, "detections", dataset, "stub", shard_size=size, **options)
+            found.append(Measure(name, "imagemill", f"shards of {size}", "", take))
     one = functools.partial(mill.job, "detections", folder / "few", "stub", batch=workloads.BATCH)
-    found.append(Measure("stub, one batch", "imagemill", "", "", one))
-    return found
+    return [*found, Measure("stub, one batch", "imagemill", "", "", one)]
 
 
 def _warm_job(mill: Mill, kind: str, folder: Path, model: str, options: dict[str, Any]) -> Figures:
@@ -163,28 +169,35 @@ def _warm_job(mill: Mill, kind: str, folder: Path, model: str, options: dict[str
     return mill.job(kind, folder / "pictures", model, **options)
 
 
-def _peers(folder: Path, plan: Plan) -> list[Measure]:
+def _peers(workload: str, folder: Path, plan: Plan) -> list[Measure]:
     count = ("--count", plan.peer_pictures)
-    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
-    ultralytics = functools.partial(_child, "peers/ultralytics_predict.py", folder, *count)
-    tuned = {
-        "torch, all cores": ("fp32", ultralytics(env=threads)),
-        "ONNX export": ("fp32", ultralytics("--weights", workloads.EXPORTS["onnx"], env=threads)),
-        "OpenVINO export": ("bf16", ultralytics("--weights", workloads.EXPORTS["openvino"], env=threads)),
-    }
-    found = [Measure("yolov8n", "ultralytics", "as installed", "fp32", ultralytics())]
-    found += [Measure("yolov8n", "ultralytics tuned", name, *how) for name, how in tuned.items()]
-    for workload in ("dinov2", "yolos"):
-        for precision in plan.precisions:
-            take = _child("peers/hf_pipeline.py", folder, "--workload", workload, "--precision", precision, *count)
+    found = []
+    if workload == "yolov8n":
+        found += [
+            *_ultralytics(folder, count),
+            Measure(workload, "Ray Data", "", "fp32", functools.partial(_ray, folder, count)),
+        ]
+    for precision in plan.precisions:
+        how = ("--workload", workload, "--precision", precision, *count)
+        if workload in ("dinov2", "yolos"):
+            take = _child("peers/hf_pipeline.py", folder, *how)
             found.append(Measure(workload, "HF pipeline", precision, precision, take))
-    for workload in ("yolov8n", "dinov2"):
-        for precision in plan.precisions:
-            for reader in ("PIL", "cv2"):
-                how = ("--workload", workload, "--precision", precision, "--reader", reader)
-                take = _child("peers/dataloader.py", folder, *how, *count)
-                found.append(Measure(workload, "DataLoader", f"{reader} {precision}", precision, take))
-    return [*found, Measure("yolov8n", "Ray Data", "", "fp32", functools.partial(_ray, folder, count))]
+        for reader in ("PIL", "cv2") if workload in ("dinov2", "yolov8n") else ():
+            take = _child("peers/dataloader.py", folder, *how, "--reader", reader)
+            found.append(Measure(workload, "DataLoader", f"{reader} {precision}", precision, take))
+    return found
+
+
+def _ultralytics(folder: Path, count: tuple[str, int]) -> list[Measure]:
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    predict = functools.partial(_child, "peers/ultralytics_predict.py", folder, *count)
+    tuned = {
+        "torch, all cores": ("fp32", predict(env=threads)),
+        "ONNX export": ("fp32", predict("--weights", workloads.EXPORTS["onnx"], env=threads)),
+        "OpenVINO export": ("bf16", predict("--weights", workloads.EXPORTS["openvino"], env=threads)),
+    }
+    found = [Measure("yolov8n", "ultralytics", "as installed", "fp32", predict())]
+    return found + [Measure("yolov8n", "ultralytics tuned", name, *how) for name, how in tuned.items()]
 
 
 def _ray(folder: Path, count: tuple[str, int]) -> Figures:

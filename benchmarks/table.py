@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from benchmarks.common import Taken
 
-# Column -> what an imagemill figure is divided by: (precision of the figure, everything of the workload) -> items/s.
-Against = Callable[[str, Sequence[Taken]], float | None]
+# Column -> what an imagemill figure is divided by, in items/s: (precision of the figure, everything of the workload,
+# the round, or None for the median of all).
+Against = Callable[[str, Sequence[Taken], int | None], float | None]
 
 
-def limit(precision: str, taken: Sequence[Taken]) -> float | None:
+def limit(precision: str, taken: Sequence[Taken], at: int | None = None) -> float | None:
     """What no program can pass that decodes, prepares and computes on the same cores: 1 / the sum of the parts' times.
 
     Each part alone on all cores, the best kind of each at that precision. None where a part was not measured. A
     workload without any forward pass is limited by the other two.
     """
-    parts = [best_forward(precision, taken), best("decode", taken), best("prepare", taken)]
+    parts = [best_forward(precision, taken, at), best("decode", taken, "", at), best("prepare", taken, "", at)]
     if not any(one.measure.role == "forward" for one in taken):
         parts = parts[1:]
     if any(part is None for part in parts):
@@ -24,45 +26,57 @@ def limit(precision: str, taken: Sequence[Taken]) -> float | None:
     return 1 / sum(1 / part for part in parts if part)
 
 
-def best_forward(precision: str, taken: Sequence[Taken]) -> float | None:
+def best_forward(precision: str, taken: Sequence[Taken], at: int | None = None) -> float | None:
     """Items a second of the fastest runtime at that precision; "" for any."""
-    return best("forward", taken, precision)
+    return best("forward", taken, precision, at)
 
 
-def best(role: str, taken: Sequence[Taken], precision: str = "") -> float | None:
-    """Items a second of the fastest measure of a role, at one precision or at any."""
-    rates = [t.rate for t in taken if t.measure.role == role and precision in ("", t.measure.precision)]
-    return max(rates, default=None)
+def best(role: str, taken: Sequence[Taken], precision: str = "", at: int | None = None) -> float | None:
+    """Items a second of the fastest measure of a role, at one precision or at any.
+
+    Which is the fastest say the medians, whatever round is asked for: the best of a round would be the luckiest.
+    """
+    found = [t for t in taken if t.measure.role == role and precision in ("", t.measure.precision)]
+    if not found:
+        return None
+    fastest = max(found, key=lambda t: t.rate)
+    return fastest.rate if at is None else fastest.rates[at]
 
 
-def best_peer(precision: str, taken: Sequence[Taken]) -> float | None:
+def best_peer(precision: str, taken: Sequence[Taken], at: int | None = None) -> float | None:
     """Items a second of the fastest peer at any precision, however tuned."""
-    rates = [best(role, taken) for role in PEERS]
-    return max((rate for rate in rates if rate is not None), default=None)
+    measured = [t for t in taken if t.measure.role in PEERS]
+    role = max(measured, key=lambda t: t.rate).measure.role if measured else ""
+    return best(role, taken, "", at)
 
 
 PEERS = ("ultralytics", "ultralytics tuned", "HF pipeline", "DataLoader", "Ray Data")
 COLUMNS: dict[str, Against] = {
     "limit": limit,
     "bare forward": best_forward,
-    "ultralytics": lambda precision, taken: best("ultralytics", taken),
-    "ultralytics tuned": lambda precision, taken: best("ultralytics tuned", taken),
-    "HF pipeline": lambda precision, taken: best("HF pipeline", taken, precision),
-    "DataLoader": lambda precision, taken: best("DataLoader", taken, precision),
-    "Ray Data": lambda precision, taken: best("Ray Data", taken),
+    "ultralytics": lambda precision, taken, at: best("ultralytics", taken, "", at),
+    "ultralytics tuned": lambda precision, taken, at: best("ultralytics tuned", taken, "", at),
+    "HF pipeline": lambda precision, taken, at: best("HF pipeline", taken, precision, at),
+    "DataLoader": lambda precision, taken, at: best("DataLoader", taken, precision, at),
+    "Ray Data": lambda precision, taken, at: best("Ray Data", taken, "", at),
     "best peer": best_peer,
 }
 
 
 def ratios(figure: Taken, taken: Sequence[Taken]) -> dict[str, float]:
-    """Column -> an imagemill figure divided by it, where there is something to divide by.
+    """Column -> the median over the rounds of an imagemill figure divided by it in the same round, where it was taken.
 
     Limit, bare forward, HF pipeline and DataLoader are those of the figure's own precision; ultralytics, Ray Data and
     the best peer are taken as they are.
     """
     same = _of(figure.measure.workload, taken)
-    found = {name: against(figure.measure.precision, same) for name, against in COLUMNS.items()}
-    return {name: figure.rate / value for name, value in found.items() if value}
+    found = {}
+    for name, against in COLUMNS.items():
+        pairs = [(rate, against(figure.measure.precision, same, at)) for at, rate in enumerate(figure.rates)]
+        quotients = [rate / value for rate, value in pairs if value]
+        if quotients:
+            found[name] = statistics.median(quotients)
+    return found
 
 
 def _of(workload: str, taken: Sequence[Taken]) -> list[Taken]:
@@ -96,10 +110,12 @@ def text(title: Sequence[str], taken: Sequence[Taken], without: Sequence[tuple[s
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_ABOUT = """The medians of interleaved rounds; compare within this file only. The limit is 1 / (forward + decode +
-prepare), each alone on all cores: on a CPU they share the cores, so no program can pass it. Peers are timed after their
-first batch; imagemill from its first claim to the last commit, on a worker that holds the model. limit, bare forward,
-HF pipeline and DataLoader are of the same precision as imagemill's row; the others are as fast as they come."""
+_ABOUT = """The medians of interleaved rounds; compare within this file only. A ratio is the median of the rounds' own
+ratios, since the speed of a shared machine differs more between rounds than within one. The limit is 1 / (forward +
+decode + prepare), each alone on all cores: on a CPU they share the cores, so no program can pass it. Peers are timed
+after their first batch; imagemill from its first claim to the last commit, on a worker that holds the model. limit,
+bare forward, HF pipeline and DataLoader are of the same precision as imagemill's row; the others are as fast as they
+come."""
 
 
 def _ratio_table(ours: Sequence[Taken], taken: Sequence[Taken]) -> str:

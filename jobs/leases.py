@@ -288,6 +288,15 @@ def commit(
         "finished_at": db_now(),
     }
 
+    rows = index.rows_of(
+        recipe_id=claim.recipe_id,
+        job_id=claim.job_id,
+        shard_id=claim.shard_id,
+        fence=claim.fence,
+        kind=claim.spec.kind,
+        outcomes=outcomes,
+    )
+
     def work(tx: Tx) -> bool:
         if not _move(tx, claim, worker_id, values):
             before = _committed_before(tx, claim, written)
@@ -296,15 +305,7 @@ def commit(
             return before
         if claim.replaces:
             index.supersede(tx, claim.recipe_id, claim.job_id, [o.key for o in outcomes])
-        index.record(
-            tx,
-            recipe_id=claim.recipe_id,
-            job_id=claim.job_id,
-            shard_id=claim.shard_id,
-            fence=claim.fence,
-            kind=claim.spec.kind,
-            outcomes=outcomes,
-        )
+        index.record(tx, rows)
         all_failed = failures == len(outcomes) and failures > 1
         row = worker.c.failed_in_a_row
         count = row + 1 if all_failed else 0

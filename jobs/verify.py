@@ -159,20 +159,20 @@ def _mark_lost(db: Database, row: Any) -> int:
 def _record_again(db: Database, store: Store, row: Any, owner: lifecycle.Job) -> int:
     """Make a shard's rows anew from its object; which of them are current is derived, not remembered."""
     outcomes, _ = shardfile.read(store, row.result_key, row.result_sha256)
+    rows = index.rows_of(
+        recipe_id=owner.recipe_id,
+        job_id=row.job_id,
+        shard_id=row.id,
+        fence=row.fence,
+        kind=owner.spec.kind,
+        outcomes=outcomes,
+    )
 
     def work(tx: Any) -> int:
         first = row.id * MAX_SHARD_ITEMS
         tx.execute(sa.delete(item_label).where(item_label.c.item_id.between(first, first + MAX_SHARD_ITEMS - 1)))
         tx.execute(sa.delete(item).where(_ids(row.id)))
-        index.record(
-            tx,
-            recipe_id=owner.recipe_id,
-            job_id=row.job_id,
-            shard_id=row.id,
-            fence=row.fence,
-            kind=owner.spec.kind,
-            outcomes=outcomes,
-        )
+        index.record(tx, rows)
         newer = sa.alias(item)
         superseded = sa.exists().where(
             newer.c.recipe_id == item.c.recipe_id, newer.c.key == item.c.key, newer.c.job_id > item.c.job_id

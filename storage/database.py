@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -27,7 +28,8 @@ Tx = sa.Connection
 
 _UPGRADE = "run: imagemill db upgrade"
 _IDLE_MS = 10_000  # in a transaction, ms; whoever is frozen in one holds locks that the others wait for
-_ROWS = 500  # in one statement of SQLite, which takes 32,766 values of them
+_WAL_PAGES = 4000  # of 4 kB, before SQLite takes the log into its file: each time is two more waits for the disk
+_ROWS = 1000  # in one statement of SQLite, which takes 32,766 values of them
 
 # SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
 # timeouts, a server that shuts down, starts up, fails over or has no connection left (postgresql.org, appendix A).
@@ -71,6 +73,8 @@ class Database:
         self.url, self.patience_s = url, patience_s
         self.engine = _engine(url, patience_s)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        # SQLite has one writer at a time, and lets the others sleep and ask again; threads of one process need not.
+        self._turn = threading.Lock() if self.is_sqlite else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Tx]:
@@ -94,7 +98,7 @@ class Database:
         pause = 0.02
         while True:
             try:
-                with self._writing() as connection, connection.begin():
+                with self._turn, self._writing() as connection, connection.begin():
                     return work(connection)
             except Exception as error:
                 known = self._translated(error)
@@ -210,7 +214,7 @@ def _sqlite_engine(url: sa.URL, patience_s: float) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _prepare(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"wal_autocheckpoint={_WAL_PAGES}"):
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")

@@ -65,34 +65,40 @@ class Found:
 # ------------------------------------------------------------------------------------------------ record
 
 
-def record(
-    tx: Tx, *, recipe_id: int, job_id: int, shard_id: int, fence: int, kind: str, outcomes: Sequence[Outcome]
-) -> None:
-    """Insert a shard's rows. A second row for the same (job, key) is an error, never an overwrite."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A shard's rows, ready to be inserted."""
+
+    items: list[tuple[Any, ...]]
+    labels: list[tuple[Any, ...]]
+
+
+def rows_of(*, recipe_id: int, job_id: int, shard_id: int, fence: int, kind: str, outcomes: Sequence[Outcome]) -> Rows:
+    """The rows of a shard's outcomes; made before the transaction that inserts them, which others wait for."""
     summarise = results.get(kind).summary
-    rows: list[tuple[Any, ...]] = []
-    labels: list[tuple[Any, ...]] = []
+    rows = Rows([], [])
     for outcome in outcomes:
         row_id = item_id(shard_id, outcome.position)
         head = (row_id, recipe_id, outcome.key, job_id, shard_id, fence, outcome.uri, outcome.fingerprint, True)
-        size = (_whole(outcome.width), _whole(outcome.height))
+        # SQLite takes numpy's numbers for bytes and would store those.
+        size = (None, None) if outcome.width is None else (int(outcome.width), int(outcome.height))  # type: ignore[arg-type]
         failure = outcome.failure
         if failure is not None:
-            rows.append(
-                (*head, False, *size, None, None, failure.stage, failure.reason, failure.message, failure.retry)
-            )
+            reason = (failure.stage, failure.reason, failure.message, failure.retry)
+            rows.items.append((*head, False, *size, None, None, *reason))
             continue
         summary = summarise(outcome.result)
-        top_score = None if summary.top_score is None else float(summary.top_score)
-        rows.append((*head, True, *size, int(summary.count), top_score, None, None, None, None))
-        labels += [(row_id, label, recipe_id, int(n), float(top)) for label, (n, top) in summary.labels.items()]
-    bulk_insert(tx, item, _ITEM_COLUMNS, rows)
-    bulk_insert(tx, item_label, ("item_id", "label", "recipe_id", "objects", "top_score"), labels)
+        top = None if summary.top_score is None else float(summary.top_score)
+        rows.items.append((*head, True, *size, int(summary.count), top, None, None, None, None))
+        for label, (objects, score) in summary.labels.items():
+            rows.labels.append((row_id, label, recipe_id, int(objects), float(score)))
+    return rows
 
 
-def _whole(number: int | None) -> int | None:
-    # SQLite takes numpy's numbers for bytes and would store those.
-    return None if number is None else int(number)
+def record(tx: Tx, rows: Rows) -> None:
+    """Insert a shard's rows. A second row for the same (job, key) is an error, never an overwrite."""
+    bulk_insert(tx, item, _ITEM_COLUMNS, rows.items)
+    bulk_insert(tx, item_label, ("item_id", "label", "recipe_id", "objects", "top_score"), rows.labels)
 
 
 def supersede(tx: Tx, recipe_id: int, job_id: int, keys: Sequence[str], *, older_only: bool = False) -> None:

@@ -181,6 +181,7 @@ item_label = sa.Table(
     Column("objects", Integer, nullable=False),
     Column("top_score", Float, nullable=False),
     Index("ix_item_label_recipe_id_label_top_score", "recipe_id", "label", "top_score"),
+    sqlite_with_rowid=False,  # the primary key is the table: one tree less to write to
 )
 
 # How a model is run on a kind of device: decided once for a job, and what was measured, for all jobs.

@@ -38,6 +38,14 @@ class Clock:
         return {"rate": next(self._rates)}
 
 
+def rounds(measures: list[Measure]) -> tuple[list[Taken], list[tuple[str, str]]]:
+    """What three rounds have found at their end; each of them tells how it stands."""
+    told: list[tuple[list[Taken], list[tuple[str, str]]]] = []
+    common.rounds(measures, 3, lambda line: None, lambda *found: told.append(found))
+    assert len(told) == 3
+    return told[-1]
+
+
 class TestRounds:
     def test_they_are_interleaved_and_give_medians(self) -> None:
         order: list[str] = []
@@ -49,7 +57,7 @@ class TestRounds:
             measure("w", "a", take=take("a", Clock(1, 9, 2))),
             measure("w", "b", take=take("b", Clock(5, 6, 4))),
         ]
-        found, without = common.rounds(measures, 3, lambda line: None)
+        found, without = rounds(measures)
         assert order == ["a", "b"] * 3
         assert [(t.rate, t.rates) for t in found] == [(2, (1, 9, 2)), (5, (5, 6, 4))]
         assert not without
@@ -61,7 +69,7 @@ class TestRounds:
             asked.append(1)
             raise LeftOut("ray is not installed")
 
-        found, without = common.rounds([measure("w", "a", take=refuse), measure("w", "b")], 3, lambda line: None)
+        found, without = rounds([measure("w", "a", take=refuse), measure("w", "b")])
         assert [t.measure.role for t in found] == ["b"]
         assert without == [("w: a", "ray is not installed")]
         assert len(asked) == 1
@@ -138,6 +146,15 @@ class TestRatios:
         assert bf16["bare forward"] == pytest.approx(0.8)
         assert bf16["DataLoader"] == pytest.approx(40 / 28)
         assert bf16["ultralytics"] == pytest.approx(4)
+
+    def test_a_ratio_is_the_median_of_those_of_the_rounds(self) -> None:
+        def over(role: str, name: str, *rates: float) -> Taken:
+            return Taken(measure("w", role, name, "fp32"), {"rate": sorted(rates)[1]}, rates)
+
+        ours = over("imagemill", "a", 9, 20, 8)
+        # In the second round the machine was twice as fast, and in the third the other runtime was lucky.
+        forwards = [over("forward", "torch", 10, 20, 10), over("forward", "onnx", 8, 9, 30)]
+        assert table.ratios(ours, [*forwards, ours])["bare forward"] == pytest.approx(0.9)
 
     def test_the_text_says_all_of_it(self) -> None:
         figures = {"idle": 0.125, "claim_s": 0.25, "whole_s": 1.5, "command_s": 2.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from storage.errors import BadInput
 
 _GB = 1024**3
+_SPINS = "20000"  # some ten microseconds: longer than between two operations of a network
 
 # Set by the supervisor for the process of one device: device, queue, and a file that means "drain".
 DEVICE, QUEUE, DRAIN_FILE = "IMAGEMILL_WORKER_DEVICE", "IMAGEMILL_WORKER_QUEUE", "IMAGEMILL_WORKER_DRAIN"
@@ -40,9 +42,13 @@ class Device:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What pins a process to it; must be set before anything imports torch."""
+        """What pins a process to it; must be set before anything imports torch.
+
+        GNU OpenMP's threads, which torch computes with on a CPU, spin for milliseconds after each operation unless told
+        otherwise: on the cores that decode the next pictures.
+        """
         if self.id == "cpu":
-            return {"CUDA_VISIBLE_DEVICES": ""}
+            return {"CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPINS)}
         return {"CUDA_VISIBLE_DEVICES": self.id, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 

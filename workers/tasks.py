@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,9 @@ def _begin() -> None:
 
     settings = settings_module.load()
     configure(settings.log_level)
+    # A shard in hand is tens of thousands of objects, none of them in a cycle: looking for those less often is a fifth
+    # of the time of items that cost nothing else.
+    gc.set_threshold(20_000, 20, 20)
     device = os.environ[DEVICE]
     drain_file = Path(os.environ[DRAIN_FILE])
     db = Database(settings.database, patience_s=settings.lease_seconds / 2)

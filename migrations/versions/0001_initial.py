@@ -42,6 +42,7 @@ def upgrade() -> None:
         sa.Column("objects", sa.Integer(), nullable=False),
         sa.Column("top_score", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("item_id", "label", name=op.f("pk_item_label")),
+        sqlite_with_rowid=False,
     )
     op.create_index(
         "ix_item_label_recipe_id_label_top_score", "item_label", ["recipe_id", "label", "top_score"], unique=False

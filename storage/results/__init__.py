@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which costs more than all else of an item without objects
 class Summary:
     """What the index keeps of one result: enough to answer "which images have a dog above 0.6".
 

@@ -157,6 +157,24 @@ def test_threads_count_without_losing_one(db: Database) -> None:
 # --- unique violations ----------------------------------------------------------------------------------------------
 
 
+def test_threads_of_a_process_take_turns_at_sqlite(tmp_path: Path) -> None:
+    """One that waits for another of its own process is not refused, and does not sleep past the other's end."""
+    inside, waited = threading.Event(), []
+
+    def hold(tx: Tx) -> None:
+        inside.set()
+        time.sleep(0.5)
+
+    with opened(f"sqlite:///{tmp_path / 'turns.db'}", patience_s=0.1) as db:
+        thread = threading.Thread(target=db.transact, args=(hold,))
+        thread.start()
+        inside.wait()
+        started = time.monotonic()
+        db.transact(lambda tx: waited.append(time.monotonic() - started))
+        thread.join()
+    assert waited[0] > 0.3
+
+
 def test_unique_violation_is_an_integrity_error(db: Database) -> None:
     worker_id = new_worker(db)
     row = sa.insert(worker).from_select(["id"], sa.select(sa.literal(worker_id)))

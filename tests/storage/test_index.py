@@ -267,7 +267,8 @@ def test_bulk_insert_is_fast(db: Database) -> None:
         started = time.monotonic()
         db.transact(
             lambda tx, n=number, r=rows: index.record(  # type: ignore[misc]
-                tx, recipe_id=1, job_id=found.id, shard_id=n, fence=1, kind="detections", outcomes=r
+                tx,
+                index.rows_of(recipe_id=1, job_id=found.id, shard_id=n, fence=1, kind="detections", outcomes=r),
             )
         )
         seconds += time.monotonic() - started

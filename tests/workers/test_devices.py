@@ -24,8 +24,15 @@ def test_a_gpu_serves_what_its_memory_allows(memory_gb: float, name: str) -> Non
 
 
 def test_the_cpu_sees_no_gpu_and_a_gpu_only_itself() -> None:
-    assert CPU.environment == {"CUDA_VISIBLE_DEVICES": ""}
+    assert CPU.environment["CUDA_VISIBLE_DEVICES"] == ""
     assert Device("MIG-1", "a slice", 10).environment["CUDA_VISIBLE_DEVICES"] == "MIG-1"
+
+
+def test_threads_spin_a_little_unless_the_user_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert int(CPU.environment["GOMP_SPINCOUNT"]) < 300_000  # libgomp's own
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert CPU.environment["GOMP_SPINCOUNT"] == "7"
 
 
 @pytest.fixture
