@@ -52,6 +52,7 @@ class Mill:
         Returns:
             rate: items a second, from the first claim to the end, the last write and commit among it.
             idle: share of that time, 0..1, in which the device waited between its first and last batch, if it had any.
+            gap: seconds in which it waited from one shard to the next, for each second that it worked.
             claim_s: from the job's row to its first claim.
             whole_s: from the job's row to its end.
             command_s: from the start of the console script to its end.
@@ -67,11 +68,13 @@ class Mill:
         if status["failures"] or status["results"] != status["planned"]:
             raise LeftOut(f"only {status['results']} of {status['planned']} items have a result")
         spent = json.loads(self.output("profile", str(status["id"]), "--json"))["seconds"]
-        waited = spent.get("idle", 0.0) + spent.get("gap", 0.0)
+        device, gap = spent.get("device", 0.0), spent.get("gap", 0.0)
+        waited = spent.get("idle", 0.0) + gap
         seconds = status["finished_at"] - status["started_at"]
         return {
             "rate": status["results"] / seconds,
-            "idle": waited / max(1e-9, waited + spent.get("device", 0.0) + spent.get("post", 0.0)),
+            "idle": waited / max(1e-9, waited + device + spent.get("post", 0.0)),
+            "gap": gap / max(1e-9, device),
             "claim_s": status["started_at"] - status["created_at"],
             "whole_s": status["finished_at"] - status["created_at"],
             "command_s": command_s,

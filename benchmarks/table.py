@@ -143,10 +143,13 @@ def _limit_table(taken: Sequence[Taken]) -> str:
 
 
 def _waiting_table(ours: Sequence[Taken]) -> str:
-    names = {"idle": "device idle", "claim_s": "row to claim, s", "whole_s": "row to end, s", "command_s": "command, s"}
+    shares = {"idle": "device idle", "gap": "gaps / device"}
+    seconds = {"claim_s": "row to claim, s", "whole_s": "row to end, s", "command_s": "command, s"}
+    names = {**shares, **seconds}
     rows = [
-        [f"{t.measure.workload} {t.measure.name}", f"{t.figures['idle']:.1%}"]
-        + [f"{t.figures[name]:.2f}" for name in list(names)[1:]]
+        [f"{t.measure.workload} {t.measure.name}"]
+        + [f"{t.figures[name]:.1%}" for name in shares]
+        + [f"{t.figures[name]:.2f}" for name in seconds]
         for t in ours
         if set(names) <= set(t.figures)
     ]

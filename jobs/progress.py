@@ -159,8 +159,8 @@ class Profile:
     Attributes:
         items: of those shards.
         seconds: stage -> seconds. Fetch, decode, prepare and write are summed over their threads. Of the thread that
-            drives the device: device, while networks ran; post, for what made results of their outputs; idle and gap,
-            while it waited, within a shard and for a shard's first batch.
+            drives the device: device, while networks ran; post, for what made results of their outputs; start, idle
+            and gap, while it waited: for the first batch of a ticket, within a shard, and from one shard to the next.
     """
 
     items: int
@@ -169,7 +169,7 @@ class Profile:
     @property
     def busy(self) -> float | None:
         """The share of its time that the device worked, or None when nothing has run."""
-        whole = sum(self.seconds.get(stage, 0.0) for stage in ("device", "post", "idle", "gap"))
+        whole = sum(self.seconds.get(stage, 0.0) for stage in ("device", "post", "start", "idle", "gap"))
         return self.seconds.get("device", 0.0) / whole if whole else None
 
 

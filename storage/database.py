@@ -66,7 +66,8 @@ class Database:
 
     Args:
         url: sqlite:///path or postgresql://user:password@host/name.
-        patience_s: how long a transaction is tried again while the server does not answer, before Unavailable.
+        patience_s: how long a transaction is tried again after the server has not answered, before Unavailable. It
+            counts from the first failure: a machine that stood still for longer than that tries again, too.
     """
 
     def __init__(self, url: str, patience_s: float = 10) -> None:
@@ -94,8 +95,7 @@ class Database:
         The answer to a COMMIT may be lost, so `work` may run again after it has succeeded: it must find that out itself
         (a fence, a unique token) or be harmless twice.
         """
-        deadline = time.monotonic() + self.patience_s
-        pause = 0.02
+        deadline, pause = 0.0, 0.02
         while True:
             try:
                 with self._turn, self._writing() as connection, connection.begin():
@@ -103,6 +103,7 @@ class Database:
             except Exception as error:
                 known = self._translated(error)
                 passing = isinstance(known, Unavailable) and not isinstance(known, StoreFull)
+                deadline = deadline or time.monotonic() + self.patience_s
                 if not passing or time.monotonic() + pause > deadline:
                     if known is error:
                         raise
@@ -120,13 +121,14 @@ class Database:
 
     def ask(self, question: Callable[[Tx], T], patience_s: float) -> T:
         """What `question` reads in a transaction of its own, asked again for so long while there is no answer."""
-        deadline = time.monotonic() + patience_s
+        deadline = 0.0
         while True:
             try:
                 with self.read() as tx:
                     return question(tx)
             except Unavailable:
-                if time.monotonic() > deadline:
+                deadline = deadline or time.monotonic() + patience_s
+                if time.monotonic() >= deadline:
                     raise
                 time.sleep(random.uniform(0.05, 0.3))
 

@@ -157,13 +157,13 @@ class TestRatios:
         assert table.ratios(ours, [*forwards, ours])["bare forward"] == pytest.approx(0.9)
 
     def test_the_text_says_all_of_it(self) -> None:
-        figures = {"idle": 0.125, "claim_s": 0.25, "whole_s": 1.5, "command_s": 2.5}
+        figures = {"idle": 0.125, "gap": 0.015, "claim_s": 0.25, "whole_s": 1.5, "command_s": 2.5}
         ours = taken(18, "yolo", "imagemill", "torch fp32, shards of 64", "fp32", **figures)
         text = table.text(["EPYC, 2 cores"], [*self.TAKEN, ours], [("yolo: Ray Data", "not installed")])
         assert "- EPYC, 2 cores\n" in text
         assert "| yolo torch fp32, shards of 64 | 18.0 | 0.99 | 0.72 | 1.80 | 1.12 |  | 1.29 |  | 0.64 |" in text
         assert "| yolo fp32 | 25.0 | 200.0 | 100.0 | 18.2 |" in text
-        assert "| yolo torch fp32, shards of 64 | 12.5% | 0.25 | 1.50 | 2.50 |" in text
+        assert "| yolo torch fp32, shards of 64 | 12.5% | 1.5% | 0.25 | 1.50 | 2.50 |" in text
         assert "| yolo | DataLoader cv2 bf16 | 28.0 | 28.0 |" in text
         assert text.endswith("- yolo: Ray Data: not installed\n")
 

@@ -59,6 +59,27 @@ def test_every_item_is_accounted_for_and_a_second_run_does_nothing(stack: Stack,
 
 
 @flow.by_default("laptop")
+def test_the_profile_says_where_the_time_went(stack: Stack, tmp_path: Path) -> None:
+    """Three shards of ten batches of 20 ms: what the device did and what it waited for, each under its own name."""
+    pictures(tmp_path / "images", 120)
+    prepare(stack)
+    with workers(stack):
+        status = finish(stack, tmp_path / "images", "--param", "delay_ms=20", "--batch", "4", "--shard-size", "40")
+    found = json.loads(run(stack, "profile", "--json").stdout)
+    spent = found["seconds"]
+    assert found["items"] == 120
+    assert set(spent) == {"fetch", "decode", "prepare", "device", "post", "start", "idle", "gap", "write"}
+    assert spent["device"] >= 30 * 0.02
+    assert all(spent[name] > 0 for name in ("fetch", "decode", "prepare", "start", "write"))
+    device_thread = sum(spent[name] for name in ("device", "post", "idle", "gap"))  # start began before the job
+    assert device_thread <= status["finished_at"] - status["started_at"]  # type: ignore[operator]
+    assert 0 < found["busy"] <= 1
+    text = run(stack, "profile").stdout
+    assert "120 items; the device was busy" in text
+    assert all(f"\n  {name} " in text for name in spent)
+
+
+@flow.by_default("laptop")
 def test_changed_new_and_deleted_pictures_are_told_apart(stack: Stack, tmp_path: Path) -> None:
     source = tmp_path / "images"
     keys = pictures(source, 60)

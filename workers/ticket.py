@@ -66,6 +66,7 @@ class Ticket:
         self._alone: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what has the device for itself
         self._broken = False
         self._free_since = time.perf_counter()  # when the device last had nothing to do
+        self._begun = False  # whether a batch has been run
         self.more = False  # whether work may be left on the queue
 
     def run(self) -> bool:
@@ -333,8 +334,8 @@ class Ticket:
         loaded = batch[0].run.loaded
         started = time.perf_counter()
         first = batch[0].run
-        first.spent("idle" if first.begun else "gap", started - self._free_since)
-        first.begun = True
+        first.spent("idle" if first.begun else "gap" if self._begun else "start", started - self._free_since)
+        first.begun = self._begun = True
         self.stream.computing.take_s()  # what tuning or careful work has left there is not this batch's
         prepared = [item.answer for item in batch if isinstance(item.answer, Prepared)]
         answers = batches.infer(loaded.model, prepared, loaded.size)

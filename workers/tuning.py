@@ -143,12 +143,13 @@ def candidates(spec: JobSpec, device: str) -> list[tuple[str, str]]:
 
 
 class Tuning:
-    """One tuning of one model.
+    """One tuning of one model: `refer`, then `run`.
 
     Args:
         spec: with open questions.
         load: of a spec without any.
         tell: called after each candidate.
+        budget_s: for both; what is begun within it is finished.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class Tuning:
         Args:
             prepared: pictures of the job.
         """
+        self._until = time.monotonic() + self._budget_s
         pictures, size = _alike(prepared)[:PICTURES], BatchSize(self._usual.batch)
         if not pictures:
             return
@@ -189,7 +191,6 @@ class Tuning:
 
     def run(self) -> Choice | None:
         """Measure what there is time for; the fastest that is admitted, or None when none is."""
-        self._until = time.monotonic() + self._budget_s
         for runtime, precision in candidates(self._spec, self._device):
             if (runtime, precision) == REFERENCE:
                 self._found(Measured(*REFERENCE, self._usual.batch, 1 / self.seconds_each, 1.0))
@@ -207,7 +208,9 @@ class Tuning:
         return Choice(best.runtime, best.precision, best.batch, f"tuned: {times:.1f} times fp32 torch")
 
     def _try(self, candidate: Measured) -> None:
-        if time.monotonic() > self._until:
+        # One that is four times as fast as fp32 torch takes at least so long, without what it must build.
+        least_s = len(self._pictures) * self.seconds_each / 4 + _MEASURE_S
+        if time.monotonic() + least_s > self._until:
             measured = dataclasses.replace(candidate, refused="no time was left to measure it")
         else:
             measured = self._measured(candidate)

@@ -110,6 +110,23 @@ def test_outages_are_tried_again_until_patience_ends(database_url: str) -> None:
         assert soon(took_s, 2)
 
 
+@pytest.mark.parametrize("ask", ["transact", "read"])
+def test_what_failed_after_longer_than_patience_is_tried_again(database_url: str, ask: str) -> None:
+    """As on a machine that stood still in a transaction, until the server ended it."""
+    tries = []
+
+    def work(tx: Tx) -> int:
+        tries.append(tx)
+        if len(tries) == 1:
+            time.sleep(0.4)
+            raise Unavailable("terminating connection due to idle-in-transaction timeout")
+        return 7
+
+    with opened(database_url, patience_s=0.2) as db:
+        assert (db.transact(work) if ask == "transact" else db.ask(work, 0.2)) == 7
+    assert len(tries) == 2
+
+
 def test_a_full_disk_is_not_tried_again(db: Database) -> None:
     tries: list[int] = []
 

@@ -1,0 +1,136 @@
+"""Whether tuning picks the fastest way: what it picks, and what it costs, beside every way measured at length.
+
+    python -P benchmarks/tuning.py [--workload yolov8n] [--rounds 5] [--seconds 2]
+
+Tuning is given the time a worker gives it (IMAGEMILL_TUNE_SECONDS), with nothing built before. Then each way that it
+did not refuse, at every batch it may take, is measured in interleaved rounds. Exit code 1 when what it picked is slower
+than the fastest by more than the tolerance, or when it took longer than it may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common, workloads
+
+_BATCHES = (1, 2, 4)  # times the usual batch, as tuning tries them
+
+
+def main() -> int:
+    """Tune as a worker does, measure everything, judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=("yolov8n", "dinov2", "timm", "yolos"), default="yolov8n")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2, help="for each way in each round")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="what two runs of one way may differ by here")
+    parser.add_argument("--most", type=float, default=15, help="seconds that tuning may take")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="imagemill-tuning-") as name:
+        folder = Path(name)
+        common.child("workloads.py", str(folder / "made"), "--pictures", str(workloads.DISTINCT))
+        os.environ["IMAGEMILL_HOME"] = str(folder / "home")
+        return _judge(folder / "made", arguments)
+
+
+def _judge(made: Path, arguments: argparse.Namespace) -> int:
+    from storage import settings as settings_module
+    from storage.objects import open_store
+    from workers import loaded, tuning
+
+    settings = settings_module.load()
+    models = loaded.Models(open_store(settings.store, settings), settings, "cpu")
+    spec = _spec(made, arguments.workload)
+    started = time.perf_counter()
+    reference = models.apart(tuning.reference(tuning.plain(spec, "cpu")))
+    pictures = _prepared(made, reference.model)
+    work = tuning.Tuning(spec, "cpu", models.apart, lambda one: print(f"  {tuning.shown(one)}"), settings.tune_seconds)
+    work.refer(reference.model, pictures)
+    choice = work.run()
+    took_s = time.perf_counter() - started
+    assert choice is not None
+    print(f"picked {choice.runtime} {choice.precision}, batch {choice.batch}, in {took_s:.1f} s: {choice.why}")
+    refused = {(one.runtime, one.precision) for one in work.found if one.agreement is not None and one.refused}
+    rates = _exhaustive(spec, models, pictures, refused, arguments)
+    best = max(rates, key=lambda way: rates[way])
+    picked = rates[choice.runtime, choice.precision, choice.batch]
+    for way, rate in sorted(rates.items(), key=lambda pair: -pair[1]):
+        print(f"  {' '.join(map(str, way)):<24} {rate:7.1f} items/s")
+    print(f"what was picked is {picked / rates[best]:.3f} of the fastest, {' '.join(map(str, best))}")
+    good = picked >= (1 - arguments.tolerance) * rates[best] and took_s <= arguments.most
+    print("good" if good else "not good")
+    return 0 if good else 1
+
+
+def _exhaustive(
+    spec: Any, models: Any, pictures: Sequence[Any], refused: set[tuple[str, str]], arguments: argparse.Namespace
+) -> dict[tuple[str, str, int], float]:
+    """Median items a second of (runtime, precision, batch), of all that may be taken."""
+    from jobs.choices import Choice
+    from workers import batches, tuning
+
+    usual = tuning.plain(spec, "cpu").batch
+    ways = [pair for pair in tuning.candidates(spec, "cpu") if pair not in refused]
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for _ in range(arguments.rounds):
+        for runtime, precision in ways:
+            for batch in [usual * times for times in _BATCHES]:
+                model = models.apart(tuning.chosen(spec, Choice(runtime, precision, batch))).model
+                size = batches.BatchSize(batch)
+                infer = lambda model=model, size=size, batch=batch: batches.infer(model, pictures[:batch], size)  # noqa: E731
+                infer()
+                started, count = time.perf_counter(), 0
+                while time.perf_counter() - started < arguments.seconds:
+                    count += len(infer())
+                found.setdefault((runtime, precision, batch), []).append(count / (time.perf_counter() - started))
+                model.close()
+    return {way: statistics.median(rates) for way, rates in found.items()}
+
+
+def _spec(made: Path, workload: str) -> Any:
+    """What a job over the pictures would be asked to do, with everything left open."""
+    from storage import migrate
+    from storage import settings as settings_module
+    from storage.database import Database
+    from storage.objects import open_store
+    from workers import submit
+
+    _, kind, weights = workloads.WORKLOADS[workload]
+    settings = settings_module.load()
+    db = Database(settings.database)
+    migrate.upgrade(db)
+    try:
+        return submit.resolve(
+            db,
+            open_store(settings.store, settings),
+            settings,
+            dataset=str(made / "pictures"),
+            kind=kind,
+            model=str(made / weights),
+            params={},
+            on_download=lambda name, done, total: None,
+            device="cpu",
+        )
+    finally:
+        db.close()
+
+
+def _prepared(made: Path, model: Any) -> list[Any]:
+    from workers import images, tuning
+    from workers.models import Item
+
+    paths = sorted((made / "pictures").glob("*.jpg"))[: tuning.PICTURES]
+    return [model.prepare(images.decode(path.read_bytes(), images.Limits()).pixels, Item(path.name)) for path in paths]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
