@@ -1,9 +1,9 @@
 """Whether a worker's memory stays flat: stub items through one worker, its resident memory sampled all the while.
 
-    python -P benchmarks/memory.py [--items 1000000] [--warm 0.1] [--tolerance 0.05]
+    python -P benchmarks/memory.py [--items 1000000] [--no-pictures] [--warm 0.1] [--tolerance 0.05]
 
-The items are all one tiny picture, so that nothing but imagemill's own machinery is exercised. Exit code 1 when the
-memory after the warm-up rises by more than the tolerance.
+The items are all one tiny picture, or no picture at all, so that nothing but imagemill's own machinery is exercised.
+Exit code 1 when the memory after the warm-up rises by more than the tolerance.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def main() -> int:
     """Run the job, sample, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--no-pictures", action="store_true", help="minutes instead of a quarter of an hour")
     parser.add_argument("--shard-size", type=int, default=1024)
     parser.add_argument("--warm", type=float, default=0.1, help="share of the time that is not judged, 0..1")
     parser.add_argument("--tolerance", type=float, default=0.05)
@@ -34,16 +35,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="imagemill-memory-") as name:
         folder = Path(name)
         (folder / "tiny.ppm").write_bytes(workloads.TINY_PPM)
-        dataset = workloads.write_manifest(folder / "items.csv", folder / "tiny.ppm", arguments.items)
+        if arguments.no_pictures:
+            dataset = f"prompts:{workloads.write_prompts(folder / 'items.txt', arguments.items)}"
+        else:
+            dataset = str(workloads.write_manifest(folder / "items.csv", folder / "tiny.ppm", arguments.items))
         few = workloads.write_manifest(folder / "few.csv", folder / "tiny.ppm", 2000)
         with Mill(folder / "home") as mill:
             mill.job("detections", few, "stub")
             with Sampler(mill.pid, arguments.seconds) as sampler:
-                figures = mill.job("detections", dataset, "stub", shard_size=arguments.shard_size)
+                figures = mill.job("detections", dataset, "stub", shard_size=arguments.shard_size, batch=256)
     first, last, rise = judged(sampler.worker_mb, arguments.warm)
     print(f"{arguments.items} items, {figures['rate']:.0f} items/s, {len(sampler.worker_mb)} samples")
     print(f"worker: {first:.0f} MB after the warm-up, {last:.0f} MB at the end, {rise:+.1%}")
     print(f"all processes of imagemill up, the most at once: {max(sampler.all_mb):.0f} MB")
+    print(
+        "over time, MB:", " ".join(f"{size:.0f}" for size in sampler.worker_mb[:: max(1, len(sampler.worker_mb) // 20)])
+    )
     flat = rise <= arguments.tolerance
     print("flat" if flat else f"not flat: it rises by more than {arguments.tolerance:.0%}")
     return 0 if flat else 1

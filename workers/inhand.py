@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -85,6 +86,7 @@ class Run:
     portion: Portion = field(default_factory=Portion)
     begun: bool = False  # whether a batch with an item of it has been run
     keeping: int = 0  # items whose files are being put; counted by the device thread alone
+    ending: Future[None] | None = None  # its writing and commit, or its giving back, once that has begun
     broken: str = ""  # what is wrong with the shard as a whole, where waiting would not help
     seconds: defaultdict[str, float] = field(
         default_factory=lambda: defaultdict(float)
@@ -93,6 +95,10 @@ class Run:
     @property
     def complete(self) -> bool:
         return len(self.outcomes) == self.claim.items
+
+    @property
+    def ended(self) -> bool:
+        return self.ending is not None and self.ending.done()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -55,6 +55,7 @@ class Ticket:
         self.buckets: Buckets[Ready] = Buckets()
         self.runs: dict[int, Run] = {}  # by shard id; those with items still under way
         self.finishing: list[Any] = []
+        self._told: dict[int, Run] = {}  # by shard id; those whose progress the beat tells
         self._slots = Room(0)  # items between the feeder and their outcome
         self._claimer = ThreadPoolExecutor(1, thread_name_prefix="claim")
         self._ahead: Future[Run | None] | None = None  # the shard after the one that is handed out
@@ -386,14 +387,18 @@ class Ticket:
 
     def _progressed(self, items: Sequence[Ready]) -> None:
         self.me.work.moved(len(items))
-        for run in {item.run for item in items}:
-            self.me.work.progress = {**self.me.work.progress, run.claim.shard_id: len(run.outcomes)}
+        runs = {item.run for item in items}
+        told = {run.claim.shard_id: run for run in [*self._told.values(), *runs] if not run.ended}
+        self._told = told
+        self.me.work.progress = {shard_id: len(run.outcomes) for shard_id, run in told.items()}
+        for run in runs:
             self._complete_if(run)
 
     def _complete_if(self, run: Run) -> None:
         if run.complete and not run.dropped and self.runs.pop(run.claim.shard_id, None) is not None:
             self.finishing = [f for f in self.finishing if not f.done()]
-            self.finishing.append(self.stream._writers.submit(self.stream.finish, run))
+            run.ending = self.stream._writers.submit(self.stream.finish, run)
+            self.finishing.append(run.ending)
 
     def _obey(self) -> None:
         """Give back what may not go on: everything on a drain, the shards of cancelled and paused jobs, lost ones."""
@@ -409,4 +414,5 @@ class Ticket:
             if run.dropped and not run.keeping:
                 del self.runs[shard_id]
                 self.more = True
-                self.finishing.append(self.stream._writers.submit(self.stream.give_back, run))
+                run.ending = self.stream._writers.submit(self.stream.give_back, run)
+                self.finishing.append(run.ending)
