@@ -151,10 +151,10 @@ class TestRatios:
         def over(role: str, name: str, *rates: float) -> Taken:
             return Taken(measure("w", role, name, "fp32"), {"rate": sorted(rates)[1]}, rates)
 
-        ours = over("imagemill", "a", 9, 20, 8)
-        # In the second round the machine was twice as fast, and in the third the other runtime was lucky.
-        forwards = [over("forward", "torch", 10, 20, 10), over("forward", "onnx", 8, 9, 30)]
-        assert table.ratios(ours, [*forwards, ours])["bare forward"] == pytest.approx(0.9)
+        ours = over("imagemill", "a", 9, 12, 8)
+        # In the second round the machine was twice as fast, and in the first the slower runtime was lucky.
+        forwards = [over("forward", "torch", 10, 20, 10), over("forward", "onnx", 12, 9, 9)]
+        assert table.ratios(ours, [*forwards, ours])["bare forward"] == pytest.approx(0.8)
 
     def test_the_text_says_all_of_it(self) -> None:
         figures = {"idle": 0.125, "gap": 0.015, "claim_s": 0.25, "whole_s": 1.5, "command_s": 2.5}

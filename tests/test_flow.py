@@ -25,6 +25,7 @@ from tests.flow import (
     wait_until,
     workers,
 )
+from tests.invariants import rows
 from tests.services import Valkey
 
 Stack = dict[str, str]
@@ -77,6 +78,22 @@ def test_the_profile_says_where_the_time_went(stack: Stack, tmp_path: Path) -> N
     text = run(stack, "profile").stdout
     assert "120 items; the device was busy" in text
     assert all(f"\n  {name} " in text for name in spent)
+
+
+@flow.by_default("laptop")
+def test_a_beat_tells_of_shards_in_hand_only(stack: Stack, tmp_path: Path) -> None:
+    """However many a ticket has done before: else each beat of a long ticket writes more than the last."""
+    stack = {**stack, "IMAGEMILL_LEASE_SECONDS": "3"}
+    pictures(tmp_path / "images", 320)
+    prepare(stack)
+    with workers(stack):
+        slow = ("--detach", "--param", "delay_ms=100", "--batch", "4", "--shard-size", "4")
+        run(stack, *annotate(tmp_path / "images", *slow))
+        wait_until(lambda: committed(stack) >= 120, "thirty shards")
+        time.sleep(1)  # a beat
+        ((told,),) = rows(flow.database_url(stack), "SELECT progress FROM worker WHERE state = 'live'")
+        assert committed(stack) < 320
+    assert 0 < len(json.loads(told)) < 12
 
 
 @flow.by_default("laptop")

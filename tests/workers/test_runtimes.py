@@ -590,3 +590,7 @@ def test_a_wrong_number_of_outputs_is_noticed() -> None:
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(BadInput, match="unknown precision 'int8'; known: fp32, bf16, fp16"):
         torch_runtime.open(network(), "cpu", "int8")
+
+
+def test_threads_of_onnx_runtime_sleep_between_batches() -> None:
+    assert onnxgraph.options(2).get_session_config_entry("session.force_spinning_stop") == "1"

@@ -132,6 +132,13 @@ def test_the_time_is_limited() -> None:
     assert all("no time" in one.refused for one in found if (one.runtime, one.precision) != tuning.REFERENCE)
 
 
+def test_what_fp32_torch_takes_is_of_that_time() -> None:
+    ways = {("torch", "fp32"): Timed(0.05), ("openvino", "fp32"): Timed(0.0001)}
+    best, found = tuned(ways, budget_s=0.1)  # its first two pictures take so long
+    assert (best.runtime, best.precision) == tuning.REFERENCE
+    assert any("no time" in one.refused for one in found if one.runtime == "openvino")
+
+
 @pytest.mark.parametrize("given", [{"runtime": "onnx"}, {"precision": "bf16"}, {}, {"batch": 3}])
 def test_without_measuring_open_questions_have_plain_answers(given: dict[str, Any]) -> None:
     found = tuning.plain(dataclasses.replace(SPEC, **given), "cpu")
