@@ -175,14 +175,17 @@ def wait_ended(processes: Sequence[psutil.Process], timeout_s: float = 30) -> fl
 
 def wait_stopped(parents: Sequence[subprocess.Popen[bytes]], count: int = 1) -> list[int]:
     """Wait until so many members of these families are stopped by a signal; returns their ids."""
+    flow.wait_until(lambda: len(stopped(parents)) >= count, f"{count} processes to stop", 10)
+    return stopped(parents)
+
+
+def stopped(parents: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The members of these families that a signal has stopped."""
     found: list[int] = []
-
-    def look() -> bool:
-        members = [member for parent in parents for member in family(parent.pid)]
-        found[:] = [member.pid for member in members if member.status() == psutil.STATUS_STOPPED]
-        return len(found) >= count
-
-    flow.wait_until(look, f"{count} processes to stop", 10)
+    for member in [member for parent in parents for member in family(parent.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if member.status() == psutil.STATUS_STOPPED:
+                found.append(member.pid)
     return found
 
 
