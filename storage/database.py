@@ -29,7 +29,9 @@ Tx = sa.Connection
 _UPGRADE = "run: imagemill db upgrade"
 _IDLE_MS = 10_000  # in a transaction, ms; whoever is frozen in one holds locks that the others wait for
 _WAL_PAGES = 4000  # of 4 kB, before SQLite takes the log into its file: each time is two more waits for the disk
-_ROWS = 1000  # in one statement of SQLite, which takes 32,766 values of them
+# In one statement of SQLite, which takes 32,766 values. A few sizes only: each connection keeps the statements that it
+# has run, and one of a thousand rows of eighteen columns is 2.6 MB.
+_ROWS = (1000, 100, 10, 1)
 
 # SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
 # timeouts, a server that shuts down, starts up, fails over or has no connection left (postgresql.org, appendix A).
@@ -177,12 +179,15 @@ def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[
     else:
         # With executemany the interpreter's lock is let go and taken again for every row, which beside busy threads
         # means to wait for each.
-        for start in range(0, len(rows), _ROWS):
-            part = rows[start : start + _ROWS]
-            tx.exec_driver_sql(_sqlite_insert(table.name, names, len(columns), len(part)), tuple(chain(*part)))
+        start = 0
+        for size in _ROWS:
+            statement = _sqlite_insert(table.name, names, len(columns), size)
+            while len(rows) - start >= size:
+                tx.exec_driver_sql(statement, tuple(chain(*rows[start : start + size])))
+                start += size
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4 * len(_ROWS))
 def _sqlite_insert(table: str, names: str, columns: int, rows: int) -> str:
     row = f"({', '.join('?' * columns)})"
     return f'INSERT INTO "{table}" ({names}) VALUES {", ".join([row] * rows)}'  # noqa: S608
@@ -211,7 +216,7 @@ def _sqlite_engine(url: sa.URL, patience_s: float) -> sa.Engine:
     assert url.database is not None
     with contextlib.suppress(OSError):
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, connect_args={"timeout": patience_s}, pool_size=8)
+    engine = sa.create_engine(url, connect_args={"timeout": patience_s}, pool_size=8, pool_use_lifo=True)
 
     @sa.event.listens_for(engine, "connect")
     def _prepare(connection: Any, record: Any) -> None:

@@ -212,12 +212,22 @@ def test_bulk_insert_of_nothing(db: Database) -> None:
     db.transact(lambda tx: bulk_insert(tx, sa.table("item_label"), LABEL_COLUMNS, []))
 
 
-@pytest.mark.parametrize("number", [1, database._ROWS - 1, database._ROWS, 2 * database._ROWS + 7])
+@pytest.mark.parametrize("number", [1, 999, 1000, 2107])
 def test_bulk_insert_of_any_number(db: Database, number: int) -> None:
     rows = [(i, f"label {i}", 1, i, 0.25) for i in range(number)]
     db.transact(lambda tx: bulk_insert(tx, sa.table("item_label"), LABEL_COLUMNS, rows))
     got = db.query(sa.text("select item_id, label, recipe_id, objects, top_score from item_label order by item_id"))
     assert [tuple(row) for row in got] == rows
+
+
+def test_bulk_inserts_of_all_numbers_share_a_few_statements(db: Database) -> None:
+    """Each connection keeps those that it has run, and the largest is megabytes."""
+    seen = set()
+    sa.event.listen(db.engine, "before_cursor_execute", lambda _c, _cursor, text, *_: seen.add(text))
+    for number in range(1, 250, 7):
+        rows = [(1000 * number + i, "dog", 1, 1, 0.5) for i in range(number)]
+        db.transact(lambda tx, rows=rows: bulk_insert(tx, sa.table("item_label"), LABEL_COLUMNS, rows))
+    assert len([text for text in seen if "item_label" in text]) <= 4
 
 
 def test_bulk_insert_takes_hostile_text(db: Database) -> None:
