@@ -50,6 +50,7 @@ def _judge(made: Path, arguments: argparse.Namespace) -> int:
     settings = settings_module.load()
     models = loaded.Models(open_store(settings.store, settings), settings, "cpu")
     spec = _spec(made, arguments.workload)
+    models.get(tuning.plain(spec, "cpu"))  # a worker has it before it measures anything
     started = time.perf_counter()
     reference = models.apart(tuning.reference(tuning.plain(spec, "cpu")))
     pictures = _prepared(made, reference.model)
@@ -128,7 +129,7 @@ def _prepared(made: Path, model: Any) -> list[Any]:
     from workers import images, tuning
     from workers.models import Item
 
-    paths = sorted((made / "pictures").glob("*.jpg"))[: tuning.PICTURES]
+    paths = sorted((made / "pictures").glob("*.jpg"))[: max(tuning.PICTURES, _BATCHES[-1] * 8)]
     return [model.prepare(images.decode(path.read_bytes(), images.Limits()).pixels, Item(path.name)) for path in paths]
 
 

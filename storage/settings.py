@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     decode_threads: int = Field(0, ge=0, description="Threads that fetch and decode; 0 chooses by the cores.")
     buffer_bytes: int = Field(512_000_000, ge=1, description="Decoded and prepared images a worker may hold.")
     encodings_bytes: int = Field(20_000_000_000, ge=0, description="Encoded images kept for mask jobs; 0 keeps none.")
-    tune_seconds: float = Field(15, ge=0, description="How long a worker may measure a model at a long job; 0 never.")
+    tune_seconds: float = Field(13, ge=0, description="How long a worker may measure a model at a long job; 0 never.")
     log_level: str = Field("warning", description="debug, info, warning or error.")
 
     @field_validator("home", "cache", mode="after")

@@ -279,11 +279,13 @@ def of_spec(
     weights: Path | None,
     moving: Callable[[], None] = lambda: None,
     pace: Pace = Pace(),
+    alone: bool = False,
 ) -> Engines:
     """The engines of a job's model.
 
     Args:
         weights: local file or folder of the spec's weights.
+        alone: whether no other thread computes in torch while a network is exported.
     """
     # All parameters, since a family alone knows which of them change its networks.
     model = {
@@ -292,7 +294,7 @@ def of_spec(
         "kind": spec.kind,
         "params": json.dumps(dict(spec.params), sort_keys=True),
     }
-    export = functools.partial(exporting.export, spec, weights)
+    export = functools.partial(exporting.export_alone if alone else exporting.export, spec, weights)
     return Engines(store, folder_of(settings), model, export, moving, pace=pace)
 
 

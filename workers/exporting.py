@@ -1,6 +1,6 @@
-"""Exports a model's networks to ONNX in a child process.
+"""Exports a model's networks to ONNX, in a child process wherever this one may compute meanwhile.
 
-While torch traces a module it replaces the call of every module in the process, so that a model that computes in
+While torch exports a module it replaces the call of every module in the process, so that a model that computes in
 another thread meanwhile fails. A child loads the model again, on the CPU, and has the process to itself.
 """
 
@@ -66,6 +66,17 @@ def export(spec: JobSpec, weights: Path | None, network: Network, precision: str
     raise NotRunnable(one_line(said.removeprefix(_SAYS), 500))
 
 
+def export_alone(spec: JobSpec, weights: Path | None, network: Network, precision: str, path: Path) -> None:
+    """As `export`, in this process, which computes nothing else meanwhile; what takes long is left to a child.
+
+    A child takes the most of its time for importing torch and the model's library.
+    """
+    try:
+        onnxgraph.trace(network, precision, path)
+    except NotRunnable:
+        export(spec, weights, network, precision, path)
+
+
 def main() -> None:
     """The child: reads what is asked from its standard input; exit status 0, or 1 with a last line that says why."""
     asked: dict[str, Any] = json.loads(sys.stdin.read())
@@ -73,7 +84,8 @@ def main() -> None:
         _export(asked)
     except ImagemillError as error:
         print(f"\n{_SAYS}{one_line(str(error))}", flush=True)
-        sys.exit(1)
+        os._exit(1)
+    os._exit(0)  # taking torch apart takes two seconds more
 
 
 def _export(asked: dict[str, Any]) -> None:

@@ -86,13 +86,13 @@ class Models:
     def apart(self, spec: JobSpec, keeping: bool = False) -> Loaded:
         """The spec's model, loaded for the caller alone, who closes it. Raises as `get`.
 
-        It looks up no encodings, so that it can be timed.
+        It looks up no encodings, so that it can be timed. No other thread may compute meanwhile.
 
         Args:
             keeping: the encodings that it makes, for others.
         """
         kept = Written(self._encodings) if keeping and self._encodings is not None else None
-        return self._load(spec, BatchSize(spec.batch), kept)
+        return self._load(spec, BatchSize(spec.batch), kept, alone=True)
 
     def close(self) -> None:
         """Free everything."""
@@ -112,14 +112,14 @@ class Models:
                 return
             self._held.pop(key).model.close()
 
-    def _load(self, spec: JobSpec, size: BatchSize, encodings: Encodings | None) -> Loaded:
+    def _load(self, spec: JobSpec, size: BatchSize, encodings: Encodings | None, alone: bool = False) -> Loaded:
         log.info("loading %s (%s, %s)", spec.model, spec.runtime, spec.precision)
         family = models.family(spec.family)
         card = models.card_for(spec.model, spec.family, spec.kind, spec.weights_sha256)
         path = None
         if spec.weights:
             path = weights.fetch(self.store, spec.weights, spec.weights_sha256, self.settings.cache_folder)
-        opener = _Opener(spec, self.device, self._engines(spec, path), self._running)
+        opener = _Opener(spec, self.device, self._engines(spec, path, alone), self._running)
         site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, encodings, spec.runtime)
         try:
             model: Model = family.load(card, card.params(**spec.params), path, site)
@@ -131,8 +131,8 @@ class Models:
             raise BadInput(f"model {spec.model!r} could not be loaded: {type(error).__name__}: {error}") from error
         return Loaded(spec.model_key, model, size, opener.used(), opener.any)
 
-    def _engines(self, spec: JobSpec, path: Path | None) -> Engines:
-        return engines.of_spec(self.store, self.settings, spec, path, self._moving)
+    def _engines(self, spec: JobSpec, path: Path | None, alone: bool) -> Engines:
+        return engines.of_spec(self.store, self.settings, spec, path, self._moving, alone=alone)
 
 
 @dataclass

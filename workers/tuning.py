@@ -29,10 +29,11 @@ from workers.models import Model, Prepared
 log = logging.getLogger("imagemill.worker")
 
 REFERENCE = ("torch", "fp32")
-PICTURES = 32  # of the job, on which candidates are measured
+PICTURES = 24  # of the job, on which candidates are measured
 AGREEMENT = 0.98  # mean over the pictures, from which a candidate is admitted
-_MEASURE_S = 0.7  # for each candidate, after its first pass over the pictures
-_REFERENCE_S = 4.0  # in which fp32 torch must have done the pictures; fewer are taken of a slow model
+_MEASURE_S = 0.7  # for each candidate at least, after its first batch
+_REFERENCE_S = 2.5  # in which fp32 torch must have done the pictures; fewer are taken of a slow model
+_FASTEST = 4  # times fp32 torch: what a way that was not measured yet may do
 _BATCH = {"cpu": 8, "cuda": 32}
 _LARGER = 4  # times the usual batch, at most
 
@@ -176,18 +177,18 @@ class Tuning:
         if len(pictures) == 1:
             pictures *= 2
         # The first call pays for more than itself. No picture is computed twice: what is made of it may be kept.
-        self._refer(reference, pictures[:1], 1, size)
-        once_s = self._refer(reference, pictures[1:2], 1, size)
+        self._refer(reference, pictures[:1], size)
+        once_s = self._refer(reference, pictures[1:2], size)
         self._pictures = pictures[: max(2, int(_REFERENCE_S / once_s))]
-        rest = self._pictures[2:]
-        self.seconds_each = self._refer(reference, rest, self._usual.batch, size) / len(rest) if rest else once_s
+        rest, batch = self._pictures[2:], self._usual.batch
+        parts = [rest[at : at + batch] for at in range(0, len(rest), batch)]
+        self.seconds_each = min((self._refer(reference, part, size) for part in parts), default=once_s)
 
-    def _refer(self, reference: Model, pictures: Sequence[Prepared], batch: int, size: BatchSize) -> float:
-        """Seconds that the reference took; its answers are kept."""
+    def _refer(self, reference: Model, pictures: Sequence[Prepared], size: BatchSize) -> float:
+        """Seconds that the reference took for each of a batch; its answers are kept."""
         started = time.perf_counter()
-        for at in range(0, len(pictures), batch):
-            self._expected += batches.infer(reference, pictures[at : at + batch], size)
-        return time.perf_counter() - started
+        self._expected += batches.infer(reference, pictures, size)
+        return (time.perf_counter() - started) / len(pictures)
 
     def run(self) -> Choice | None:
         """Measure what there is time for; the fastest that is admitted, or None when none is."""
@@ -208,13 +209,18 @@ class Tuning:
         return Choice(best.runtime, best.precision, best.batch, f"tuned: {times:.1f} times fp32 torch")
 
     def _try(self, candidate: Measured) -> None:
-        # One that is four times as fast as fp32 torch takes at least so long, without what it must build.
-        least_s = len(self._pictures) * self.seconds_each / 4 + _MEASURE_S
+        # As fast as the fastest so far, and without what it must build, which nobody knows.
+        rate = max((one.rate for one in self.found), default=0.0) or _FASTEST / self.seconds_each
+        least_s = self._count(candidate.batch) / rate
         if time.monotonic() + least_s > self._until:
             measured = dataclasses.replace(candidate, refused="no time was left to measure it")
         else:
             measured = self._measured(candidate)
         self._found(measured)
+
+    def _count(self, batch: int) -> int:
+        """Pictures that are computed at least for a candidate: all, and two batches."""
+        return max(len(self._pictures), 2 * batch)
 
     def _found(self, measured: Measured) -> None:
         log.info("tuning %s: %s", self._spec.model, shown(measured))
@@ -235,22 +241,24 @@ class Tuning:
             loaded.model.close()
 
     def _timed(self, candidate: Measured, model: Model) -> Measured:
-        size = BatchSize(candidate.batch)
+        """Run the pictures, and again until it was long enough; the first batch, which pays for more, is not timed."""
+        size, batch = BatchSize(candidate.batch), candidate.batch
         pictures = list(self._pictures)
-        while len(pictures) < candidate.batch:
+        while len(pictures) < self._count(batch):
             pictures += self._pictures
-        agreement, refused = self._judged(batches.infer(model, self._pictures, size))
-        if size.safe < candidate.batch:
-            refused = f"a batch of {candidate.batch} does not fit into the device's memory"
-        if refused:
-            return dataclasses.replace(candidate, agreement=agreement, refused=refused)
-        batches.infer(model, pictures[: candidate.batch], size)  # of the shape that is timed
-        count, started = 0, time.perf_counter()
-        while not count or time.perf_counter() - started < _MEASURE_S:
-            at = count % (len(pictures) - candidate.batch + 1)
-            batches.infer(model, pictures[at : at + candidate.batch], size)
-            count += candidate.batch
-        return dataclasses.replace(candidate, agreement=agreement, rate=count / (time.perf_counter() - started))
+        answers = batches.infer(model, pictures[:batch], size)
+        at, seconds = batch, list[float]()
+        while at < self._count(batch) or sum(seconds) < _MEASURE_S:
+            part = [pictures[(at + i) % len(pictures)] for i in range(batch)]
+            started = time.perf_counter()
+            answers += batches.infer(model, part, size)
+            seconds.append(time.perf_counter() - started)
+            at += batch
+        rate = batch / min(seconds)  # what else goes on in the machine only ever adds
+        agreement, refused = self._judged(answers[: len(self._pictures)])
+        if size.safe < batch:
+            refused = f"a batch of {batch} does not fit into the device's memory"
+        return dataclasses.replace(candidate, agreement=agreement, refused=refused, rate=0.0 if refused else rate)
 
     def _judged(self, answers: Sequence[Any]) -> tuple[float | None, str]:
         """(agreement, why it is refused or "")."""

@@ -156,12 +156,15 @@ def test_sleepers_beyond_their_lease_write_nothing(template: Template, stack: St
     points = [point for point in POINTS if point not in ("after-commit", "before-ack")]
     fast = support.injected(stack, "no-backoff")
     freezing = support.crashing(fast, tmp_path / "marks", each(points, "STOP"))
-    with support.worker(freezing, tmp_path / "a.log") as a, support.worker(freezing, tmp_path / "b.log") as b:
-        with _thawing([a, b], 2 * LEASE_S) as thawed:
-            support.wait_done(stack, 120)
-            # Not counted against the marks: two threads of one process that come to two points stop together.
-            flow.wait_until(lambda: not support.stopped([a, b]), "the last to wake", 20)
-            support.wait_for(stack, "SELECT count(*) = 2 FROM worker WHERE state = 'live'", "both to live again", 20)
+    with (
+        support.worker(freezing, tmp_path / "a.log") as a,
+        support.worker(freezing, tmp_path / "b.log") as b,
+        _thawing([a, b], 2 * LEASE_S) as thawed,
+    ):
+        support.wait_done(stack, 120)
+        # Not counted against the marks: two threads of one process that come to two points stop together.
+        flow.wait_until(lambda: not support.stopped([a, b]), "the last to wake", 20)
+        support.wait_for(stack, "SELECT count(*) = 2 FROM worker WHERE state = 'live'", "both to live again", 20)
     assert len(thawed) >= 3
     lost = {event.worker_id for event in support.events(stack, "lost")}
     support.say(f"{len(thawed)} sleepers of {2 * LEASE_S:g} s at {len(points)} points; {len(lost)} lost their lease")

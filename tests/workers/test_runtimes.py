@@ -5,6 +5,7 @@ Which runtimes run here is asked of them; those that need a GPU are tested for w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -236,11 +237,11 @@ def test_an_axis_that_may_vary_but_does_not_is_noticed(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_wrong_export_is_noticed_and_not_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that computes something else while it is traced, by a thousandth."""
+    """A module that computes something else while it is exported, by a thousandth."""
 
     class Sly(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * (1.001 if torch.compiler.is_exporting() else 1.0)
+            return x * (1.001 if _exporting() else 1.0)
 
     net = Network("sly", Sly, {"x": torch.zeros(2, 3)}, ("y",), {"x": {0: "batch"}, "y": {0: "batch"}})
     store = open_store((tmp_path / "store").as_uri(), load())
@@ -250,14 +251,50 @@ def test_a_wrong_export_is_noticed_and_not_kept(name: str, tmp_path: Path, monke
 
 
 def test_a_network_that_magnifies_rounding_is_not_refused_for_it(tmp_path: Path) -> None:
-    """A module whose own float32 is off by 0.03, and which while it is traced computes without that."""
+    """A module whose own float32 is off by 0.03, and which while it is exported computes without that."""
 
     class Coarse(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * 1.0 if torch.compiler.is_exporting() else (x + 1e6) - 1e6
+            return x * 1.0 if _exporting() else (x + 1e6) - 1e6
 
     net = Network("coarse", Coarse, {"x": torch.zeros(2, 3)}, ("y",), {"x": {0: "batch"}, "y": {0: "batch"}})
     onnxgraph.export(net, "fp32", tmp_path / "coarse.onnx")
+
+
+def _exporting() -> bool:
+    return bool(torch.compiler.is_exporting() or torch.jit.is_tracing())
+
+
+def test_what_can_be_traced_is_not_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxgraph, "_captured", lambda *a: pytest.fail("it was captured"))
+    onnxgraph.export(network(copied), "fp32", tmp_path / "x.onnx")
+
+
+class _Summing(torch.nn.Module):
+    """Its sum is a number that Python looks at: not of the batch, and the same for all of them so far."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if bool(x.sum() < 1e6) else x
+
+
+class _Counting(torch.nn.Module):
+    """A side that Python computes with, as the number it had in the example."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.arange(int(x.shape[1]) * 2).reshape(2, -1).sum(0)
+
+
+@pytest.mark.parametrize("build", [_Summing, _Counting])
+def test_what_a_trace_would_get_wrong_is_captured(
+    build: Callable[[], torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = []
+    monkeypatch.setattr(onnxgraph, "_captured", lambda *a: captured.append(a))
+    axes = {0: "batch", 1: "side"}
+    net = Network("x", build, {"x": torch.zeros(2, 3)}, ("y",), {"x": axes, "y": axes})
+    with contextlib.suppress(NotRunnable):  # nothing was written, or what the trace has left
+        onnxgraph.export(net, "fp32", tmp_path / "x.onnx")
+    assert len(captured) == 1
 
 
 def test_half_precision_is_exported_and_compared(tmp_path: Path) -> None:
@@ -422,9 +459,9 @@ def test_an_engine_belongs_to_weights_and_parameters(tmp_path: Path) -> None:
     base = {"dataset": "x", "kind": "detections", "family": "yolo", "weights_sha256": "a", "params": {"nms": True}}
     job = JobSpec(**base, model="m")
     others = [{"weights_sha256": "b"}, {"params": {"nms": False}}, {"family": "rtdetr"}, {"kind": "masks"}]
-    named = [held._engines(dataclasses.replace(job, **other), None).model for other in [{}, *others]]
+    named = [held._engines(dataclasses.replace(job, **other), None, False).model for other in [{}, *others]]
     assert all(one != other for i, one in enumerate(named) for other in named[:i])
-    assert held._engines(dataclasses.replace(job, dataset="y", model="n"), None).model == named[0]
+    assert held._engines(dataclasses.replace(job, dataset="y", model="n"), None, False).model == named[0]
 
 
 def test_a_network_that_a_runtime_cannot_run_runs_in_torch(

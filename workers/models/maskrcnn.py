@@ -99,7 +99,7 @@ CARDS: tuple[Card, ...] = (
 )
 
 _CLASSES = "roi_heads.box_predictor.cls_score.weight"
-_LEVELS = ("0", "1", "2", "3", "pool")  # names of the backbone's maps, finest first
+_LEVELS = {f"map_{level}": level for level in ("0", "1", "2", "3", "pool")}  # output -> map's name, finest first
 
 
 def claims(path: Path) -> bool:
@@ -148,7 +148,7 @@ def load(card: Card, params: Params, weights: Path, site: Site) -> Segmenter:
         # The module just loaded serves the first runtime; one that runs next gets its own, as runtimes change theirs.
         build=lambda: _maps_only(first.pop() if first else _built(builder, params, labels, weights).backbone),
         example={"images": torch.zeros(2, 3, side, side)},  # two: exporters take a batch of one for a constant
-        outputs=_LEVELS,
+        outputs=tuple(_LEVELS),
         dynamic_axes={name: {0: "batch", 2: f"{name} height", 3: f"{name} width"} for name in ("images", *_LEVELS)},
     )
     return Segmenter(heads.to(site.device), labels, params, site.open_network(network), site.device)
@@ -228,7 +228,7 @@ class Segmenter:
         with torch.inference_mode():
             images, _ = self._heads.transform([self._tensor(image) for image in batch])
             raw = self._session(images=images.tensors)
-            maps = {name: raw[name] for name in _LEVELS}
+            maps = {level: raw[name] for name, level in _LEVELS.items()}
             # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the map.
             finite = sum(one.flatten(1).sum(1) for one in maps.values()).isfinite().tolist()
             proposals, _ = self._heads.rpn(images, maps)

@@ -246,7 +246,7 @@ def _decode(decoder: Any, encoding: Any, tokens: Any) -> tuple[Any, Any]:
     import torch
 
     asked = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-    tokens = torch.cat([asked.expand(len(tokens), -1, -1), tokens], 1)
+    tokens = torch.cat([asked.expand(tokens.shape[0], -1, -1), tokens], 1)
     answers, pixels = decoder.transformer(encoding, decoder.places, tokens)
     maps = decoder.output_upscaling(pixels.transpose(1, 2).unflatten(2, encoding.shape[2:]))
     mixing = [mlp(answers[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]

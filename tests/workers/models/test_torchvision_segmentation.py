@@ -346,7 +346,7 @@ class TestMaskRcnn:
 
         def broken(**inputs: Any) -> Any:
             out = network(**inputs)
-            out["2"][1, 0, 0, 0] = float("inf")
+            out["map_2"][1, 0, 0, 0] = float("inf")
             return out
 
         model._session = broken
