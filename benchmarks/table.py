@@ -120,9 +120,10 @@ after their first batch; imagemill from its first claim to the last commit, on a
 bare forward, HF pipeline and DataLoader are of the same precision as imagemill's row; the others are as fast as they
 come."""
 
-_ABOUT_CLOCK = """Milliseconds for each item. On a noisy machine the same forward pass, minutes apart, differs by more than
-what is asked about, so each job also tells how long its own device worked: beside the bare forward pass that is what
-imagemill does to the network's speed. The last column puts it in the place of the bare forward pass in the limit."""
+_ABOUT_CLOCK = """Milliseconds for each item. On a noisy machine the same forward pass, minutes apart, differs by more
+than what is asked about, so each job also tells how long its own device worked: beside the bare forward pass that is
+what imagemill does to the network's speed. The last column puts it in the place of the bare forward pass in the
+limit."""
 
 
 def _ratio_table(ours: Sequence[Taken], taken: Sequence[Taken]) -> str:
