@@ -113,28 +113,13 @@ class Soak:
         for i in itertools.cycle(range(DATASETS)):
             if stop.wait(0.5):
                 return
-            done = self.call(
-                *(
-                    "annotate",
-                    str(self.folder / f"images-{i}"),
-                    "--model",
-                    "stub",
-                    "--param",
-                    f"delay_ms={60 + 40 * i}",
-                ),
-                *(
-                    "--shard-size",
-                    str(SHARD_SIZE),
-                    "--device",
-                    "cpu",
-                    "--force",
-                    "--detach",
-                    "--max-failures",
-                    "1",
-                    "--json",
-                ),
-            )
-            self.submitted += done.returncode == 0
+            self.submitted += self.submit(i)
+
+    def submit(self, i: int) -> bool:
+        """Compute a dataset, or go on with the planning of its job that an outage has stopped."""
+        folder, delay = str(self.folder / f"images-{i}"), f"delay_ms={60 + 40 * i}"
+        what = ("annotate", folder, "--model", "stub", "--param", delay, "--shard-size", str(SHARD_SIZE))
+        return self.call(*what, *("--device", "cpu", "--force", "--detach", "--max-failures", "1")).returncode == 0
 
     # ------------------------------------------------------------------------------------------------ faults
 
@@ -329,7 +314,8 @@ def run(minutes: float, seed: int, every_s: float, folder: Path) -> dict[str, An
         stop = threading.Event()
         feeder = threading.Thread(target=soak.feed, args=(stop,), daemon=True)
         feeder.start()
-        while time.monotonic() < deadline:
+        # On a busy machine a command takes many seconds: with fewer than two jobs, little has been tried.
+        while time.monotonic() < deadline or (soak.submitted < 2 and time.monotonic() < deadline + 180 * minutes):
             soak.tend()
             soak.inject()
             soak.measure()
@@ -353,10 +339,29 @@ def _end(soak: Soak) -> dict[str, Any]:
         for job in json.loads(soak.call("jobs", "--active", "--json").stdout or "[null]"):
             if job and job["state"] == "paused":
                 soak.call("resume", str(job["id"]))
-        active = json.loads(soak.call("jobs", "--active", "--json").stdout or "[null]")
+            if job and job["state"] == "planning" and job["reason"]:  # told to its user, who gives the command again
+                soak.submit(int(job["dataset"].rpartition("-")[2]))
+        listed = soak.call("jobs", "--active", "--json")
+        active = json.loads(listed.stdout or "[null]")
         time.sleep(0.5)
     database, store = soak.env["IMAGEMILL_DATABASE_URL"], soak.env["IMAGEMILL_STORE_URL"]
+    if active:
+        print(f"still open after {ENDING_S} s:", *active, listed.stderr[-2000:], *_standing(database), sep="\n")
     return {**_counts(database), **_audit(soak, database, store), **_figures(soak, database), "open_jobs": len(active)}
+
+
+def _standing(database: str) -> list[Any]:
+    """What holds a job up may be seen here: jobs, their shards, workers, and what happened last."""
+    return [
+        row
+        for sql in (
+            "SELECT id, state, reason, paused, cancelled, planner, planner_beat_at, planned, created_at FROM job",
+            "SELECT job_id, state, worker_id, not_before, count(*) FROM shard GROUP BY 1, 2, 3, 4",
+            "SELECT id, state, desired, heartbeat_at, progress FROM worker",
+            "SELECT * FROM (SELECT * FROM event ORDER BY id DESC LIMIT 40) AS e ORDER BY id",
+        )
+        for row in invariants.rows(database, sql)
+    ]
 
 
 def _counts(database: str) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def _default_differs(context: Any, column: Any, other: Any, inspected: str, defa
 
 def schema(db: Database) -> dict[str, Any]:
     """What the database says of itself: columns with defaults, keys, indexes, checks and options."""
-    inspector = sa.inspect(db.engine)
+    # Looking takes many statements, and db.engine's transactions may not stand still for long, as a busy machine may.
+    engine = sa.create_engine(db.engine.url)
+    inspector = sa.inspect(engine)
     found: dict[str, Any] = {}
     for table in inspector.get_table_names():
         if table == "alembic_version":
@@ -56,6 +58,7 @@ def schema(db: Database) -> dict[str, Any]:
             sorted(inspector.get_unique_constraints(table), key=str),
             sorted((str(index["name"]), index["column_names"]) for index in inspector.get_indexes(table)),
         )
+    engine.dispose()
     if not db.is_sqlite:
         options = sa.text("select relname, reloptions from pg_class where relkind = 'r' and reloptions is not null")
         found["options"] = sorted((name, sorted(values)) for name, values in db.query(options))
