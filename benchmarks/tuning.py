@@ -129,7 +129,7 @@ def _prepared(made: Path, model: Any) -> list[Any]:
     from workers import images, tuning
     from workers.models import Item
 
-    paths = sorted((made / "pictures").glob("*.jpg"))[: max(tuning.PICTURES, _BATCHES[-1] * 8)]
+    paths = sorted((made / "pictures").glob("*.jpg"))[: max(tuning.PICTURES, _BATCHES[-1] * workloads.BATCH)]
     return [model.prepare(images.decode(path.read_bytes(), images.Limits()).pixels, Item(path.name)) for path in paths]
 
 

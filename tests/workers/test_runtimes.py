@@ -453,6 +453,27 @@ def test_a_worker_opens_its_model_in_the_jobs_runtime(tmp_path: Path, monkeypatc
     assert all(families.same(answers[0], answer) for answer in answers[1:])
 
 
+@pytest.mark.parametrize("traces", [True, False])
+def test_alone_in_a_process_only_what_cannot_be_traced_needs_a_child(
+    traces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = []
+    monkeypatch.setattr(exporting, "export", lambda *a: children.append(a))
+    job = JobSpec(dataset="x", kind="detections", family="yolo", weights_sha256="a", params={}, model="m")
+    held = Models(open_store((tmp_path / "store").as_uri(), load()), load(), "cpu")
+    net = network(copied)
+    if not traces:
+        monkeypatch.setattr(onnxgraph, "trace", _refuse)
+    held._engines(job, None, True).export(net, "fp32", tmp_path / "x.onnx")
+    assert len(children) == (0 if traces else 1)
+    held._engines(job, None, False).export(net, "fp32", tmp_path / "y.onnx")
+    assert len(children) == (1 if traces else 2)
+
+
+def _refuse(*_: object) -> None:
+    raise NotRunnable("it cannot be traced")
+
+
 def test_an_engine_belongs_to_weights_and_parameters(tmp_path: Path) -> None:
     """A parameter may change what a network computes and neither its name nor its shapes."""
     held = Models(open_store((tmp_path / "store").as_uri(), load()), load(), "cpu")
