@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from jobs import lifecycle, processes, states
+from jobs import lifecycle, processes, statements, states
 from jobs.lifecycle import log
-from jobs.spec import SCHEMA_VERSION, JobSpec
+from jobs.spec import JobSpec
+from jobs.statements import is_in
 from storage import index
 from storage.database import Database, Tx, db_now
 from storage.errors import Conflict, one_line
@@ -117,7 +118,7 @@ def release_all(db: Database, worker_id: str) -> int:
 
 
 def _release_all(tx: Tx, worker_id: str) -> int:
-    ours = sa.and_(shard.c.worker_id == worker_id, _is(states.LEASED))
+    ours = sa.and_(shard.c.worker_id == worker_id, is_in(states.LEASED))
     released = 0
     columns = (shard.c.id, shard.c.job_id, shard.c.fence, shard.c.checkpoint)
     for row in tx.execute(sa.select(*columns).where(ours)).fetchall():
@@ -144,14 +145,13 @@ def claim(db: Database, worker_id: str, queue: str, model_key: str | None) -> Cl
     """
 
     def work(tx: Tx) -> Claim | None:
-        # Locked, so that this worker is not declared dead, nor says goodbye, between this look and the claim's commit.
-        mine = sa.select(worker.c.state, worker.c.desired).where(worker.c.id == worker_id).with_for_update(read=True)
-        me = tx.execute(mine).first()
+        me = tx.execute(statements.me(), {"me": worker_id}).first()
         if me is None or me.state != LIVE or me.desired != RUN:
             found = "unknown" if me is None else "told to drain" if me.state == LIVE else me.state
             raise Conflict(f"worker {worker_id} may not claim: it is {found}")
         for candidate in _candidates(tx, queue, model_key):
-            row = tx.execute(_lease_one(tx, candidate.id, worker_id)).first()
+            mine = {"of": candidate.id, "me": worker_id}
+            row = tx.execute(statements.lease_one(tx.dialect.name), mine).first()
             if row is not None:
                 log(tx, "claim", job_id=candidate.id, shard_id=row.id, fence=row.fence, worker_id=worker_id)
                 return _claim(tx, row)
@@ -161,46 +161,14 @@ def claim(db: Database, worker_id: str, queue: str, model_key: str | None) -> Cl
 
 
 def _candidates(tx: Tx, queue: str, model_key: str | None) -> Sequence[Any]:
-    leased = sa.select(sa.func.count()).where(shard.c.job_id == job.c.id, _is(states.LEASED)).scalar_subquery()
-    query = sa.select(job.c.id, job.c.priority, job.c.model_key, leased.label("leased")).where(
-        job.c.finished_at.is_(None),
-        job.c.queue == queue,
-        ~job.c.paused,
-        ~job.c.cancelled,
-        job.c.spec["schema_version"].as_integer() <= SCHEMA_VERSION,  # a newer worker's jobs are not for us
-    )
-    rows = tx.execute(query).fetchall()
+    rows = tx.execute(statements.open_jobs(), {"from": queue}).fetchall()
     return sorted(rows, key=lambda row: (-row.priority, row.model_key != model_key, row.leased, row.id))
 
 
-def _lease_one(tx: Tx, job_id: int, worker_id: str) -> Any:
-    due = sa.select(shard.c.id).where(shard.c.job_id == job_id, _is(states.READY), is_due())
-    due = due.order_by(shard.c.id).limit(1)
-    if tx.dialect.name == "postgresql":
-        due = due.with_for_update(skip_locked=True)
-    values = {
-        "state": states.LEASED,
-        "fence": shard.c.fence + 1,
-        "attempts": shard.c.attempts + 1,
-        "worker_id": worker_id,
-        "claimed_at": db_now(),
-    }
-    # The state is asked again in the UPDATE itself, so that nothing depends on how the database orders the two parts.
-    mine = sa.and_(shard.c.id == due.scalar_subquery(), _is(states.READY))
-    return sa.update(shard).where(mine).values(**values).returning(*shard.c)
-
-
-def is_due() -> sa.ColumnElement[bool]:
-    """Whether a ready shard's pause is over; one longer than any pause shows that the clock has been set back."""
-    return sa.or_(shard.c.not_before <= db_now(), shard.c.not_before > db_now() + 2 * states.LONGEST_BACKOFF_S)
-
-
 def _claim(tx: Tx, row: Any) -> Claim:
-    from storage.tables import recipe
-
-    query = sa.select(job.c.spec, job.c.recipe_id, recipe.c.digest).join(recipe, recipe.c.id == job.c.recipe_id)
-    owner = tx.execute(query.where(job.c.id == row.job_id)).one()
-    tx.execute(sa.update(job).where(job.c.id == row.job_id, job.c.started_at.is_(None)).values(started_at=db_now()))
+    owner = tx.execute(statements.owner(), {"of": row.job_id}).one()
+    if owner.started_at is None:
+        tx.execute(statements.start(), {"of": row.job_id})
     return Claim(
         shard_id=row.id,
         fence=row.fence,
@@ -241,7 +209,7 @@ def beat(db: Database, worker_id: str, *, progress: Mapping[int, int], items: in
             return Orders(alive=False)
         query = sa.select(shard.c.id, shard.c.fence, shard.c.job_id, job.c.paused, job.c.cancelled)
         query = query.join(job, job.c.id == shard.c.job_id)
-        rows = tx.execute(query.where(shard.c.worker_id == worker_id, _is(states.LEASED))).fetchall()
+        rows = tx.execute(query.where(shard.c.worker_id == worker_id, is_in(states.LEASED))).fetchall()
         return Orders(
             alive=True,
             drain=row.desired == DRAIN,
@@ -285,7 +253,7 @@ def commit(
         "device_s": (seconds or {}).get("device", 0.0),
         "seconds": {name: round(value, 4) for name, value in (seconds or {}).items()},
         "checkpoint": None,
-        "finished_at": db_now(),
+        "finished_at": True,
     }
 
     rows = index.rows_of(
@@ -307,9 +275,7 @@ def commit(
             index.supersede(tx, claim.recipe_id, claim.job_id, [o.key for o in outcomes])
         index.record(tx, rows)
         all_failed = failures == len(outcomes) and failures > 1
-        row = worker.c.failed_in_a_row
-        count = row + 1 if all_failed else 0
-        tx.execute(sa.update(worker).where(worker.c.id == worker_id).values(failed_in_a_row=count))
+        tx.execute(statements.blame(all_failed), {"me": worker_id})
         _log(tx, "commit", claim, worker_id)
         return True
 
@@ -329,7 +295,7 @@ def release(db: Database, claim: Claim, worker_id: str, checkpoint: Mapping[str,
         kept = claim.checkpoint if checkpoint is None else checkpoint
         values: dict[str, Any] = {"state": state, "worker_id": None, "checkpoint": dict(kept) or None}
         if state == states.CANCELLED:
-            values["finished_at"] = db_now()
+            values["finished_at"] = True
         done = _move(tx, claim, worker_id, values)
         if done:
             _log(tx, "release", claim, worker_id)
@@ -350,14 +316,13 @@ def fail(db: Database, claim: Claim, worker_id: str, message: str) -> bool:
             "state": states.READY,
             "worker_id": None,
             "errors": claim.errors + 1,
-            "not_before": db_now() + pause,
+            "not_before": pause,
             "message": one_line(message),
             "checkpoint": dict(claim.checkpoint) or None,  # without this attempt's suspects: none of them crashed it
         }
         done = _move(tx, claim, worker_id, values)
         if done:
-            row = sa.update(worker).where(worker.c.id == worker_id)
-            tx.execute(row.values(failed_in_a_row=worker.c.failed_in_a_row + 1))
+            tx.execute(statements.blame(True), {"me": worker_id})
             _log(tx, "fail", claim, worker_id, message)
         return done
 
@@ -439,7 +404,7 @@ def expire_shards(db: Database, limit: int = 500) -> int:
 
     def work(tx: Tx) -> int:
         live = sa.exists().where(worker.c.id == shard.c.worker_id, worker.c.state == LIVE)
-        orphaned = sa.select(shard).where(_is(states.LEASED), ~live).limit(limit)
+        orphaned = sa.select(shard).where(is_in(states.LEASED), ~live).limit(limit)
         if tx.dialect.name == "postgresql":
             orphaned = orphaned.with_for_update(skip_locked=True, of=shard)
         return sum(_expire_one(tx, row) for row in tx.execute(orphaned).fetchall())
@@ -455,7 +420,7 @@ def _expire_one(tx: Tx, row: Any) -> bool:
         "crash_workers": [*(row.crash_workers or []), row.worker_id],
         "not_before": db_now() + states.backoff_s(row.crashes + 1, base_s=1),
     }
-    same = sa.and_(shard.c.id == row.id, shard.c.fence == row.fence, _is(states.LEASED))
+    same = sa.and_(shard.c.id == row.id, shard.c.fence == row.fence, is_in(states.LEASED))
     done = bool(tx.execute(sa.update(shard).where(same).values(**values)).rowcount)
     if done:
         log(tx, "expire", job_id=row.job_id, shard_id=row.id, fence=row.fence, worker_id=row.worker_id)
@@ -463,25 +428,13 @@ def _expire_one(tx: Tx, row: Any) -> bool:
 
 
 def _move(tx: Tx, claim: Claim, worker_id: str, values: Mapping[str, Any]) -> bool:
-    """The one compare-and-set: change a shard where the lease and its fence are still ours."""
-    ours = sa.and_(
-        shard.c.id == claim.shard_id,
-        shard.c.fence == claim.fence,
-        shard.c.worker_id == worker_id,
-        _is(states.LEASED),
-    )
-    return bool(tx.execute(sa.update(shard).where(ours).values(**values)).rowcount)
+    return statements.change(tx, values, claim.shard_id, claim.fence, worker_id)
 
 
 def _committed_before(tx: Tx, claim: Claim, written: Written) -> bool:
     query = sa.select(shard.c.fence, shard.c.result_key).where(shard.c.id == claim.shard_id)
     row = tx.execute(query).one()
     return bool(row.fence == claim.fence and row.result_key == written.key)
-
-
-def _is(state: str) -> sa.ColumnElement[bool]:
-    # A literal, not a bound value: only then can the partial indexes of that state serve.
-    return shard.c.state == sa.literal_column(f"'{state}'")
 
 
 def _log(tx: Tx, action: str, claim: Claim, worker_id: str, detail: str = "") -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from jobs import processes, states
+from jobs import processes, statements, states
 from jobs.spec import JobSpec
 from storage import index
 from storage.database import Database, Tx, db_now
 from storage.errors import BadInput, Conflict, NotFound, one_line
-from storage.tables import event, item, job, recipe, shard
+from storage.tables import item, job, recipe, shard
 
 # A planner that has added nothing for so long is taken for dead; another process may go on with the job.
 PLANNER_LEASE_S = 60.0
@@ -323,7 +323,7 @@ def finish(db: Database, job_id: int) -> str | None:
         row = tx.execute(sa.select(job).where(job.c.id == job_id).with_for_update()).one()
         if row.finished_at is not None:
             return str(row.state)
-        if (row.state != states.RUNNING and not row.cancelled) or tx.execute(sa.select(_open_shards(job_id))).scalar():
+        if (row.state != states.RUNNING and not row.cancelled) or _has_open_shards(tx, job_id):
             return None
         state, reason = _ending(tx, row)
         values: dict[str, Any] = {"state": state, "finished_at": db_now(), "paused": False, "planner": None}
@@ -340,18 +340,11 @@ def finish(db: Database, job_id: int) -> str | None:
 
 def _may_finish(db: Database, job_id: int) -> bool:
     """A cheap look without a lock, so that thousands of commits do not queue up at one row."""
-    planned = sa.or_(job.c.state != states.PLANNING, job.c.cancelled)
-    return bool(db.query(sa.select(job.c.id).where(job.c.id == job_id, planned, ~_open_shards(job_id))))
+    return bool(db.query(statements.may_finish(), {"of": job_id}))
 
 
-def _open_shards(job_id: int) -> sa.ColumnElement[bool]:
-    # One question for each state, in the words of its partial index, which then answers it.
-    return sa.or_(
-        *(
-            sa.exists().where(shard.c.job_id == job_id, shard.c.state == sa.literal_column(f"'{state}'"))
-            for state in (states.READY, states.LEASED)
-        )
-    )
+def _has_open_shards(tx: Tx, job_id: int) -> bool:
+    return bool(tx.execute(sa.select(statements.is_open()), {"of": job_id}).scalar())
 
 
 def _ending(tx: Tx, row: Any) -> tuple[str, str]:
@@ -396,7 +389,7 @@ def log(
         "worker_id": worker_id,
         "detail": one_line(detail),
     }
-    tx.execute(sa.insert(event).values(at=db_now(), action=action, **values))
+    tx.execute(statements.add_event(), {"action": action, **values})
 
 
 def _still_planning(tx: Tx, job_id: int, planner: str) -> None:

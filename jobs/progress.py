@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 
-from jobs import choices, states
+from jobs import choices, statements, states
 from jobs.choices import Choice
 from jobs.leases import LIVE
 from storage import index
@@ -75,8 +76,7 @@ class Status:
 
 def status(db: Database, job_id: int) -> Status:
     """One job. Raises NotFound."""
-    query = sa.select(job, recipe.c.dataset, recipe.c.kind, db_now().label("now"))
-    rows = db.query(query.join(recipe, recipe.c.id == job.c.recipe_id).where(job.c.id == job_id))
+    rows = db.query(_one_job(), {"of": job_id})
     if not rows:
         raise NotFound(f"there is no job {job_id}; list them with: imagemill jobs")
     return replace(_statuses(db, rows)[0], choices=choices.of_job(db, job_id))
@@ -87,8 +87,7 @@ def jobs(db: Database, *, limit: int = 50, active: bool = False) -> list[Status]
     if limit < 0:
         raise BadInput(f"the limit must be 0 or more, but got {limit}")
     limit = min(limit, _MANY)
-    query = sa.select(job, recipe.c.dataset, recipe.c.kind, db_now().label("now"))
-    query = query.join(recipe, recipe.c.id == job.c.recipe_id).order_by(job.c.id.desc()).limit(limit)
+    query = _some_jobs().order_by(job.c.id.desc()).limit(limit)
     if active:
         query = query.where(job.c.finished_at.is_(None))
     return _statuses(db, db.query(query))
@@ -201,7 +200,21 @@ def _statuses(db: Database, rows: Sequence[Any]) -> list[Status]:
     return [_status(row, shards.get(row.id, []), live.get(row.id, (0, 0.0, 0))) for row in rows]
 
 
-def _shard_counts(db: Database, ids: Sequence[int]) -> dict[int, list[Any]]:
+# These are built once, since whoever follows a job asks again and again: to build one takes far longer than to run it.
+
+
+def _some_jobs() -> sa.Select[Any]:
+    query = sa.select(job, recipe.c.dataset, recipe.c.kind, db_now().label("now"))
+    return query.join(recipe, recipe.c.id == job.c.recipe_id)
+
+
+@cache
+def _one_job() -> sa.Select[Any]:
+    return _some_jobs().where(job.c.id == sa.bindparam("of"))
+
+
+@cache
+def _counting() -> sa.Select[Any]:
     total = sa.func.sum
     columns = (
         shard.c.job_id,
@@ -213,21 +226,32 @@ def _shard_counts(db: Database, ids: Sequence[int]) -> dict[int, list[Any]]:
         total(shard.c.crashes).label("crashes"),
         total(shard.c.device_s).label("device_s"),
     )
-    query = sa.select(*columns).where(shard.c.job_id.in_(ids)).group_by(shard.c.job_id, shard.c.state)
+    return sa.select(*columns).where(_of_these()).group_by(shard.c.job_id, shard.c.state)
+
+
+@cache
+def _leased() -> sa.Select[Any]:
+    columns = (shard.c.job_id, shard.c.id, shard.c.worker_id, worker.c.progress, worker.c.rate)
+    query = sa.select(*columns).join(worker, worker.c.id == shard.c.worker_id)
+    return query.where(_of_these(), statements.is_in(states.LEASED), worker.c.state == LIVE)
+
+
+def _of_these() -> sa.ColumnElement[bool]:
+    return shard.c.job_id.in_(sa.bindparam("ids", expanding=True))
+
+
+def _shard_counts(db: Database, ids: Sequence[int]) -> dict[int, list[Any]]:
     answer: dict[int, list[Any]] = {}
-    for row in db.query(query):
+    for row in db.query(_counting(), {"ids": ids}):
         answer.setdefault(row.job_id, []).append(row)
     return answer
 
 
 def _live(db: Database, ids: Sequence[int]) -> dict[int, tuple[int, float, int]]:
     """job -> (items finished but not committed, items a second, workers), from the workers' last beats."""
-    columns = (shard.c.job_id, shard.c.id, shard.c.worker_id, worker.c.progress, worker.c.rate)
-    query = sa.select(*columns).join(worker, worker.c.id == shard.c.worker_id)
-    leased = shard.c.state == sa.literal_column(f"'{states.LEASED}'")
     answer: dict[int, tuple[int, float, int]] = {}
     counted: set[tuple[int, str]] = set()
-    for row in db.query(query.where(shard.c.job_id.in_(ids), leased, worker.c.state == LIVE)):
+    for row in db.query(_leased(), {"ids": ids}):
         items, rate, n = answer.get(row.job_id, (0, 0.0, 0))
         first = (row.job_id, row.worker_id) not in counted
         counted.add((row.job_id, row.worker_id))

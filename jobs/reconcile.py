@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import sqlalchemy as sa
 
-from jobs import leases, lifecycle, plan, queue, states
+from jobs import leases, lifecycle, plan, queue, statements, states
 from storage.database import Database
 from storage.errors import ImagemillError, Unavailable
 from storage.objects import open_store
@@ -201,7 +201,7 @@ def refill(db: Database, settings: Settings, at_least: int = 0) -> int:
 
 def claimable(db: Database) -> dict[str, int]:
     """Queue -> shards that could be claimed now."""
-    ready = sa.and_(shard.c.state == sa.literal_column(f"'{states.READY}'"), leases.is_due())
+    ready = sa.and_(statements.is_in(states.READY), statements.is_due())
     open_job = sa.and_(job.c.finished_at.is_(None), ~job.c.paused, ~job.c.cancelled)
     query = sa.select(job.c.queue, sa.func.count()).join(shard, shard.c.job_id == job.c.id)
     rows = db.query(query.where(open_job, ready).group_by(job.c.queue))

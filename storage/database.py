@@ -10,7 +10,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -29,9 +29,9 @@ Tx = sa.Connection
 _UPGRADE = "run: imagemill db upgrade"
 _IDLE_MS = 10_000  # in a transaction, ms; whoever is frozen in one holds locks that the others wait for
 _WAL_PAGES = 4000  # of 4 kB, before SQLite takes the log into its file: each time is two more waits for the disk
-# In one statement of SQLite, which takes 32,766 values. A few sizes only: each connection keeps the statements that it
-# has run, and one of a thousand rows of eighteen columns is 2.6 MB.
-_ROWS = (1000, 100, 10, 1)
+# In one statement of SQLite, which takes 32,766 values. These sizes only: each connection keeps the statements that it
+# has run, and one of a thousand rows of eighteen columns is 2.6 MB. Any number is the sum of ten of them or fewer.
+_ROWS = tuple(1 << power for power in reversed(range(11)))
 
 # SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
 # timeouts, a server that shuts down, starts up, fails over or has no connection left (postgresql.org, appendix A).
@@ -113,9 +113,13 @@ class Database:
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, 2.0)
 
-    def query(self, statement: sa.Executable) -> Sequence[Any]:
-        """All rows of one SELECT, tried again like a transaction."""
-        return self.ask(lambda tx: tx.execute(statement).fetchall(), self.patience_s)
+    def query(self, statement: sa.Executable, values: Mapping[str, Any] | None = None) -> Sequence[Any]:
+        """All rows of one SELECT, tried again like a transaction.
+
+        Args:
+            values: what the statement binds by name.
+        """
+        return self.ask(lambda tx: tx.execute(statement, values).fetchall(), self.patience_s)
 
     def now(self) -> float:
         """The database's clock, in seconds since the epoch; asked once, not again."""
@@ -187,7 +191,7 @@ def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[
                 start += size
 
 
-@lru_cache(maxsize=4 * len(_ROWS))
+@lru_cache(maxsize=2 * len(_ROWS))
 def _sqlite_insert(table: str, names: str, columns: int, rows: int) -> str:
     row = f"({', '.join('?' * columns)})"
     return f'INSERT INTO "{table}" ({names}) VALUES {", ".join([row] * rows)}'  # noqa: S608

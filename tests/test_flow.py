@@ -120,7 +120,7 @@ def test_a_killed_process_group_loses_and_doubles_nothing(fast: Stack, tmp_path:
     source = tmp_path / "images"
     keys = pictures(source, 300)
     prepare(fast)
-    run(fast, *annotate(source, "--detach", "--param", "delay_ms=40"))
+    run(fast, *annotate(source, "--detach", "--param", "delay_ms=100"))
     log = tmp_path / "worker.log"
     with workers(fast, log=log) as first:
         wait_until(lambda: committed(fast) > 0, "a first shard")

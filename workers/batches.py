@@ -26,11 +26,14 @@ class Buckets(Generic[T]):
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def add(self, group: Hashable, item: T, size: int) -> list[T] | None:
-        """Put one in; returns its group's batch when that is full."""
-        bucket = self._waiting.setdefault(group, [])
-        bucket.append(item)
-        return self._waiting.pop(group) if len(bucket) >= size else None
+    def add(self, group: Hashable, items: Sequence[T], size: int) -> list[list[T]]:
+        """Put some of a group in, in their order; returns the group's batches that have become full."""
+        bucket = [*self._waiting.pop(group, ()), *items]
+        full = [bucket[start : start + size] for start in range(0, len(bucket) - size + 1, size)]
+        rest = bucket[len(full) * size :]
+        if rest:
+            self._waiting[group] = rest
+        return full
 
     def flush(self) -> list[T] | None:
         """The fullest unfilled batch, or None when nothing waits."""

@@ -64,7 +64,7 @@ def work(stream: Stream, run: Run, must_stop: Callable[[], bool]) -> bool:
     checkpoint = run.claim.checkpoint
     found = killers(checkpoint)
     for position in found - set(run.outcomes):
-        run.outcomes[position] = stream.outcome(run, position, None, KILLER)
+        run.record(position, None, KILLER)
     todo = [position for position in range(run.claim.items) if position not in run.outcomes]
     for step in steps(todo, checkpoint.get("suspect", ())):
         if must_stop() or run.dropped or run.claim.job_id in stream.me.orders.dropped:
@@ -85,7 +85,7 @@ def _touch(stream: Stream, run: Run, positions: Sequence[int], must_stop: Callab
     ready = [item for _ in positions for item in arrived.get() or ()]
     for item in ready:
         if isinstance(item.answer, ItemFailed):
-            run.outcomes[item.position] = stream.outcome(run, item.position, item.size, item.answer)
+            run.record(item.position, item.size, item.answer)
     prepared = [item for item in ready if isinstance(item.answer, Prepared)]
     for _, group in itertools.groupby(sorted(prepared, key=_group_name), key=_group_name):
         items = list(group)
@@ -93,7 +93,7 @@ def _touch(stream: Stream, run: Run, positions: Sequence[int], must_stop: Callab
         faults.point("inferred")
         for item, answer in zip(items, answers, strict=True):
             kept = _kept(stream, run, answer, must_stop) if shardfile.has_blob(answer) else answer
-            run.outcomes[item.position] = stream.outcome(run, item.position, item.size, kept)
+            run.record(item.position, item.size, kept)
     stream.me.work.moved(len(positions))
     stream.me.work.progress = {run.claim.shard_id: len(run.outcomes)}
 

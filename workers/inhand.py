@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jobs.leases import Claim
 from storage import shardfile
@@ -22,6 +22,7 @@ from workers.loaded import Loaded
 from workers.models import Item, Prepared
 
 _counting = threading.Lock()
+_parse = json.JSONDecoder().raw_decode  # of what the planner wrote, without blanks around it
 
 
 class Room:
@@ -116,11 +117,22 @@ class Run:
 
     def item(self, position: int) -> Item:
         """What the model is told of an item."""
-        row = self.rows[position]
-        return Item(row.key, row.uri, row.fingerprint, json.loads(row.data) if row.data else {})
+        key, uri, fingerprint, data = self.rows[position]
+        return Item(key, uri, fingerprint, _parse(data)[0] if data else {})
+
+    def record(self, position: int, size: tuple[int, int] | None, answer: Any) -> None:
+        """What came of an item: its result or its failure.
+
+        Args:
+            size: (width, height) of the upright original, None when it was never decoded.
+        """
+        width, height = size or (None, None)
+        key, uri, fingerprint, _ = self.rows[position]
+        result, failure = (None, answer) if isinstance(answer, ItemFailed) else (answer, None)
+        self.outcomes[position] = Outcome(position, key, uri, fingerprint, width, height, result, failure)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as storage.shardfile.Outcome is not
 class Ready:
     """An item that left the decoders: prepared, or failed on the way."""
 

@@ -19,6 +19,8 @@ from storage.objects import Store
 from storage.settings import Settings
 
 POLL_S = 0.2
+_SLOWEST_POLL_S = 1.0
+_POLL_SHARE = 0.02  # of the time that a job has taken: who follows it takes little of the processor that works on it
 _HINT_AFTER_S = 10  # without any live worker
 _PLANNED_BEFORE = "job {} was planned before; for images that have come or changed since, run the same command again"
 
@@ -130,10 +132,10 @@ def wait(
     """Follow a job to its end. Raises Misconfigured when it is paused, with the reason and the remedy.
 
     Args:
-        tend: called a few times a second meanwhile.
+        tend: called at least once a second meanwhile.
         start: the command that starts workers, for when there are none.
     """
-    seen_at = time.monotonic()  # a live worker
+    began_at = seen_at = time.monotonic()  # the latter: a live worker
     while True:
         with contextlib.suppress(Unavailable):
             status = progress.status(db, job_id)
@@ -149,7 +151,7 @@ def wait(
                     seen_at += 5 * _HINT_AFTER_S  # not said again for a minute
                     watcher.say(f"no live worker serves queue {status.spec['queue']}; start one with: {start}")
         tend()
-        time.sleep(POLL_S)
+        time.sleep(min(_SLOWEST_POLL_S, max(POLL_S, _POLL_SHARE * (time.monotonic() - began_at))))
 
 
 def starter(settings: Settings) -> str:

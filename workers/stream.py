@@ -49,6 +49,8 @@ _PORTIONS = 1000  # jobs whose portions are remembered
 _OUTAGE_FETCHES = 5  # failed fetches in a row, with none that worked between them, are the store's fault
 _WRITE_PATIENCE_S = 60  # for a store that does not take a result, before the shard is given back
 
+_DROPPED = ItemFailed("fetch", "dropped", "the shard was given back")
+
 UNAVAILABLE = "unavailable"  # reason of an item whose bytes a server or disk did not give
 
 
@@ -210,7 +212,7 @@ class Stream:
         self.computing.wait()
         # In processor time, since these wait for nothing but other threads.
         started = time.thread_time()
-        done = [self._prepared_one(run, position, b"") for position in positions]
+        done = [Ready(run, position, None, _bare(run, position)) for position in positions]
         seconds = time.thread_time() - started
         run.spent("prepare", seconds)
         run.portion.took(len(done), seconds)
@@ -246,7 +248,7 @@ class Stream:
 
     def _decode(self, run: Run, position: int, data: bytes) -> tuple[tuple[int, int] | None, Prepared | ItemFailed]:
         if run.dropped:
-            return None, ItemFailed("fetch", "dropped", "the shard was given back")
+            return None, _DROPPED
         item = run.item(position)
         if not item.uri:
             return None, _prepared(run, None, item)
@@ -263,14 +265,6 @@ class Stream:
                 return (pixels.shape[1], pixels.shape[0]), _prepared(run, pixels, item)
         finally:
             self._decoded.give(nbytes)
-
-    @staticmethod
-    def outcome(run: Run, position: int, size: tuple[int, int] | None, answer: Any) -> Outcome:
-        """The row of an item: its result or its failure."""
-        width, height = size or (None, None)
-        failure = answer if isinstance(answer, ItemFailed) else None
-        row = run.rows[position]
-        return Outcome(position, row.key, row.uri, row.fingerprint, width, height, None if failure else answer, failure)
 
     # ---------------------------------------------------------------- the end of a shard, in a writer's thread
 
@@ -394,6 +388,16 @@ def _prepared(run: Run, image: images.Pixels | None, item: Item) -> Prepared | I
     except ItemFailed as error:
         return error
     except Exception as error:  # noqa: BLE001 (a model may raise anything)
+        return _unexpected("prepare", error)
+
+
+def _bare(run: Run, position: int) -> Prepared | ItemFailed:
+    """What the model makes of an item without an image."""
+    if run.dropped:
+        return _DROPPED
+    try:
+        return _prepared(run, None, run.item(position))
+    except Exception as error:  # noqa: BLE001 (as above)
         return _unexpected("prepare", error)
 
 

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -307,10 +307,10 @@ class Ticket:
             run.dropped = True
 
     def _arrived(self, items: Sequence[Ready]) -> None:
-        counted = sum(item.position >= 0 for item in items)
         with self._lock:
-            self._underway -= counted
-        failed = []
+            self._underway -= len([item for item in items if item.position >= 0])
+        failed: list[Ready] = []
+        alike: dict[Hashable, list[Ready]] = {}  # by the batches that they may be in
         for item in items:
             if item.position < 0:
                 self._complete_if(item.run)
@@ -319,10 +319,10 @@ class Ticket:
             elif isinstance(item.answer, ItemFailed):
                 failed.append(item)
             else:
-                loaded = item.run.loaded
-                full = self.buckets.add((loaded.key, item.answer.group), item, loaded.size.safe)
-                if full:
-                    self._infer(full)
+                alike.setdefault((item.run.loaded.key, item.answer.group), []).append(item)
+        for group, those in alike.items():
+            for full in self.buckets.add(group, those, those[0].run.loaded.size.safe):
+                self._infer(full)
         if failed:
             self._deliver(failed, [item.answer for item in failed])
 
@@ -355,7 +355,7 @@ class Ticket:
             if shardfile.has_blob(answer):
                 self._keep(item, answer)
             else:
-                self._record(item, answer)
+                item.run.record(item.position, item.size, answer)
                 recorded.append(item)
         self._slots.give(len(recorded))
         self._progressed(recorded)
@@ -375,15 +375,12 @@ class Ticket:
             self._keeping -= 1
             item.run.keeping -= 1
             if kept.result is not None:
-                self._record(item, kept.result)
+                item.run.record(item.position, item.size, kept.result)
             else:
                 item.run.dropped, item.run.broken = True, item.run.broken or kept.broken
         if items:
             self._slots.give(len(items))
             self._progressed(items)
-
-    def _record(self, item: Ready, answer: Any) -> None:
-        item.run.outcomes[item.position] = self.stream.outcome(item.run, item.position, item.size, answer)
 
     def _progressed(self, items: Sequence[Ready]) -> None:
         self.me.work.moved(len(items))

@@ -33,6 +33,8 @@ from storage.settings import Settings
 
 MOST = 1000  # images of a prompt
 
+_encode = json.JSONEncoder(sort_keys=True, allow_nan=False, ensure_ascii=False).encode
+
 _SCHEME = "prompts:"
 _WHAT = "prompt list"
 _PROMPT_NAMES = ("prompt", "text", "caption")
@@ -124,7 +126,7 @@ def _items(given: dict[str, Any], number: int, count: int, resolver: Resolver) -
 def _item(given: dict[str, Any], index: int, key: str, reference: ImageRef) -> ImageRef:
     seed = {"seed": given["seed"] + index} if "seed" in given else {}
     try:
-        data = json.dumps({**given, **seed, "index": index}, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        data = _encode({**given, **seed, "index": index})
         digest = hashlib.sha256(data.encode()).hexdigest()[:32]
     except (TypeError, ValueError) as error:
         raise BadInput(f"its values cannot be kept as JSON ({error}); leave that column out") from None

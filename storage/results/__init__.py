@@ -16,6 +16,7 @@ Results that are files have the fields of storage.shardfile.HasBlob besides, and
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,7 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+@functools.cache
 def get(kind: str) -> Kind:
     """Import one kind. Raises BadInput, naming the known ones."""
     if kind not in names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import pyarrow as pa
 
 from storage import agreement as agreement_of
 from storage.results import Summary
+
+_FEW = 100  # numbers
 
 SCHEMA = pa.schema(
     [
@@ -44,9 +47,14 @@ class Result:
         shapes = (self.boxes_xyxy.shape, self.scores.shape, self.class_ids.shape)
         if shapes != ((n, 4), (n,), (n,)):
             raise ValueError(f"expected shapes ({n}, 4), ({n},), ({n},) for {n} labels, but got {shapes}")
-        # Of a few numbers, looking for a zero byte takes a third of the time of all().
-        if b"\0" in np.isfinite(self.boxes_xyxy).tobytes() or b"\0" in np.isfinite(self.scores).tobytes():
+        if not (_is_finite(self.boxes_xyxy) and _is_finite(self.scores)):
             raise ValueError("expected finite boxes and scores, but got NaN or infinity")
+
+
+def _is_finite(numbers: npt.NDArray[np.float32]) -> bool:
+    # The sum of a few in Python takes a quarter of numpy's time; it cannot overflow in 64 bits.
+    few = numbers.size <= _FEW
+    return math.isfinite(sum(numbers.ravel().tolist())) if few else bool(np.isfinite(numbers).all())
 
 
 def empty() -> Result:

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from jobs import leases, lifecycle, processes, states
+from jobs import leases, lifecycle, processes, statements, states
 from jobs.leases import Claim
 from storage.database import Database, Tx
 from storage.errors import Conflict, Unavailable
@@ -630,19 +630,21 @@ def test_zombies_and_owners_race_for_the_commit(db: Database) -> None:
 
 def test_the_partial_indexes_serve(db: Database, me: str) -> None:
     planned_job(db, shards=3)
-    leased = sa.select(shard.c.id).where(leases._is(states.LEASED), shard.c.worker_id == me)
-    plans = db.transact(lambda tx: [_plan(tx, leases._lease_one(tx, 1, me)), _plan(tx, leased)])
+    leased = sa.select(shard.c.id).where(statements.is_in(states.LEASED), shard.c.worker_id == sa.bindparam("me"))
+    both = lambda tx: (statements.lease_one(tx.dialect.name), leased)  # noqa: E731
+    plans = db.transact(lambda tx: [_plan(tx, one, {"of": 1, "me": me}) for one in both(tx)])
     assert "ix_shard_ready" in plans[0]
     assert "ix_shard_leased" in plans[1]
 
 
-def _plan(tx: Tx, statement: Any) -> str:
+def _plan(tx: Tx, statement: Any, bound: dict[str, Any]) -> str:
     """How the database would run a statement as the driver gets it, its values bound."""
     compiled = statement.compile(dialect=tx.dialect)
+    given = compiled.construct_params(bound)
     if tx.dialect.name == "postgresql":
         tx.exec_driver_sql("set local enable_seqscan = off")  # in a table so small it would be right
-        rows = tx.exec_driver_sql(f"explain {compiled}", compiled.params)
+        rows = tx.exec_driver_sql(f"explain {compiled}", given)
     else:
-        values = tuple(compiled.params[name] for name in compiled.positiontup)
+        values = tuple(given[name] for name in compiled.positiontup)
         rows = tx.exec_driver_sql(f"explain query plan {compiled}", values)
     return "\n".join(map(str, rows))

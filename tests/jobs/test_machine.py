@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jobs import leases, lifecycle, states
+from jobs import leases, lifecycle, statements, states
 from jobs.leases import Claim
 from jobs.lifecycle import NewShard, Planned
 from storage.database import Database
@@ -347,16 +348,17 @@ def test_random_histories(machine: type[Machine]) -> None:
     run_state_machine_as_test(machine, settings=SETTINGS)
 
 
-def without_fence(tx: Any, claim: Claim, worker_id: str, values: Any) -> bool:
-    """The compare-and-set with its fence left out."""
-    ours = sa.and_(shard.c.id == claim.shard_id, shard.c.worker_id == worker_id, leases._is(states.LEASED))
-    return bool(tx.execute(sa.update(shard).where(ours).values(**values)).rowcount)
+def without_fence() -> sa.ColumnElement[bool]:
+    """The compare-and-set with its fence left out: any fence will do."""
+    fence = shard.c.fence >= 0 * sa.bindparam("the_fence")
+    owner = shard.c.worker_id == sa.bindparam("me")
+    return sa.and_(shard.c.id == sa.bindparam("the_shard"), fence, owner, statements.is_in(states.LEASED))
 
 
-def without_owner_and_fence(tx: Any, claim: Claim, worker_id: str, values: Any) -> bool:
+def without_owner_and_fence() -> sa.ColumnElement[bool]:
     """The compare-and-set that looks at the state alone."""
-    ours = sa.and_(shard.c.id == claim.shard_id, leases._is(states.LEASED))
-    return bool(tx.execute(sa.update(shard).where(ours).values(**values)).rowcount)
+    anyone = sa.and_(shard.c.fence >= 0 * sa.bindparam("the_fence"), sa.bindparam("me") != "")
+    return sa.and_(shard.c.id == sa.bindparam("the_shard"), anyone, statements.is_in(states.LEASED))
 
 
 def never_before(tx: Any, claim: Claim, place: Written) -> bool:
@@ -386,23 +388,29 @@ def commit_twice(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bug", "history"),
+    ("module", "name", "bug", "history"),
     [
-        ("_move", without_fence, claim_again),
-        ("_move", without_owner_and_fence, lose_and_commit_late),
-        ("_committed_before", never_before, commit_twice),
+        (statements, "ours", without_fence, claim_again),
+        (statements, "ours", without_owner_and_fence, lose_and_commit_late),
+        (leases, "_committed_before", never_before, commit_twice),
     ],
     ids=["fence", "owner", "lost answer"],
 )
 def test_the_machine_has_teeth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bug: Any, history: Callable[[Machine], None]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    name: str,
+    bug: Any,
+    history: Callable[[Machine], None],
 ) -> None:
     """A planted bug is seen by the model, in a history that is fine without it."""
+    monkeypatch.setattr(statements, "_change", statements._change.__wrapped__)  # built anew, with the bug or without
     with opened(f"sqlite:///{tmp_path}/i.db") as db:
         found = type("BoundMachine", (Machine,), {"db": db})
         for planted in (False, True):
             if planted:
-                monkeypatch.setattr(leases, name, bug)
+                monkeypatch.setattr(module, name, bug)
             machine = found()
             machine.begin(1)
             if not planted:

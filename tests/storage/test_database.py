@@ -227,7 +227,7 @@ def test_bulk_inserts_of_all_numbers_share_a_few_statements(db: Database) -> Non
     for number in range(1, 250, 7):
         rows = [(1000 * number + i, "dog", 1, 1, 0.5) for i in range(number)]
         db.transact(lambda tx, rows=rows: bulk_insert(tx, sa.table("item_label"), LABEL_COLUMNS, rows))
-    assert len([text for text in seen if "item_label" in text]) <= 4
+    assert len([text for text in seen if "item_label" in text]) <= 8  # of 1, 2, 4, ... 128 rows
 
 
 def test_bulk_insert_takes_hostile_text(db: Database) -> None:

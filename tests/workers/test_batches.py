@@ -90,12 +90,21 @@ def test_what_counts_as_out_of_memory(error: Exception) -> None:
     assert not batches._is_out_of_memory(RuntimeError("shape mismatch"))
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers()), max_size=60), st.integers(1, 5))
-def test_buckets_hand_out_each_item_once_and_never_mix_groups(items: list[tuple[str, int]], size: int) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(), max_size=12), st.integers(1, 5)), max_size=30)
+)
+def test_buckets_hand_out_each_item_once_and_never_mix_groups(parts: list[tuple[str, list[int], int]]) -> None:
+    """Whatever comes together, and though the size changes meanwhile."""
     buckets: Buckets[tuple[str, int]] = Buckets()
-    out = [full for group, value in items if (full := buckets.add(group, (group, value), size))]
-    assert all(len(full) == size for full in out)
+    out = []
+    for group, values, size in parts:
+        full = buckets.add(group, [(group, value) for value in values], size)
+        assert all(len(batch) == size for batch in full)
+        out += full
+    assert len(buckets) == sum(len(values) for _, values, _ in parts) - sum(map(len, out))
     while (rest := buckets.flush()) is not None:
         out.append(rest)
     assert all(len({group for group, _ in batch}) == 1 for batch in out)
-    assert sorted(item for batch in out for item in batch) == sorted(items)
+    for name in "abc":  # in the order in which they came
+        given = [(group, value) for group, values, _ in parts for value in values if group == name]
+        assert [item for batch in out for item in batch if item[0] == name] == given

@@ -69,9 +69,9 @@ class Card:
     needs_image: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as storage.shardfile.Outcome is not
 class Item:
-    """What a model is told of an item besides its pixels.
+    """What a model is told of an item besides its pixels. Never changed.
 
     Attributes:
         key: its name in the dataset.
@@ -114,9 +114,9 @@ class Site:
     runtime: str = "torch"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as storage.shardfile.Outcome is not
 class Prepared:
-    """One image made ready for the device by `Model.prepare`.
+    """One image made ready for the device by `Model.prepare`. Never changed.
 
     Attributes:
         group: images of one batch share it (the padded shape, for instance).

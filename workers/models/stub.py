@@ -144,7 +144,7 @@ def _found(checksums: Sequence[int], sizes: Sequence[tuple[int, ...]], objects: 
     boxes = (corners * extent).astype(np.float32).reshape(len(checksums), objects, 4)
     scores = (0.3 + 0.7 * draws[:, :, 4]).astype(np.float32)
     ids = (draws[:, :, 5] * len(LABELS)).astype(np.int32)
-    labels = [tuple(LABELS[i] for i in row) for row in ids.tolist()]
+    labels = [tuple([LABELS[i] for i in row]) for row in ids.tolist()]
     return [Result(*one) for one in zip(boxes, scores, ids, labels, strict=True)]
 
 

@@ -18,15 +18,13 @@ from types import ModuleType
 from typing import Any
 
 
-def no_fence(leases: Any) -> None:
+def no_fence(statements: Any) -> None:
     """A worker that lost its lease may write all the same."""
-    import sqlalchemy as sa
+    from sqlalchemy import and_, bindparam
 
-    def move(tx: Any, claim: Any, worker_id: str, values: Any) -> bool:
-        mine = leases.shard.c.id == claim.shard_id
-        return bool(tx.execute(sa.update(leases.shard).where(mine).values(**values)).rowcount)
-
-    leases._move = move
+    shard = statements.shard
+    anyone = and_(shard.c.fence >= 0 * bindparam("the_fence"), bindparam("me") != "")
+    statements.ours = lambda: and_(shard.c.id == bindparam("the_shard"), anyone)
 
 
 def same_prefix(shardfile: Any) -> None:
@@ -129,7 +127,7 @@ _SUFFERING: dict[str, Callable[[], Any]] = {
 }
 
 _CHANGES: dict[str, tuple[str, Callable[[Any], None]]] = {
-    "no-fence": ("jobs.leases", no_fence),
+    "no-fence": ("jobs.statements", no_fence),
     "same-prefix": ("storage.shardfile", same_prefix),
     "no-refill": ("jobs.reconcile", no_refill),
     "hidden": ("jobs.processes", hidden),
