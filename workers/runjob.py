@@ -70,8 +70,10 @@ def run(db: Database, store: Store, settings: Settings, spec: JobSpec, how: How,
         queue.check(settings)  # now, rather than to wait in silence for workers that cannot hear
     check_not_empty(db, settings, spec)
     if how.wait and (how.force or lifecycle.recipe_id(db, spec) is None):
-        # There will be work. Celery is loaded now rather than between the first shard and the bell.
-        from jobs import reconcile  # noqa: F401
+        # There will be work, and whoever waits for it should not wait for Celery between the first shard and the bell.
+        from jobs import queue, reconcile  # noqa: F401
+
+        queue.load(settings)
     start = starter(settings)
     with own_workers(settings, how, watcher) as tend:
 

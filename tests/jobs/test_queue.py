@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -131,6 +133,23 @@ def test_publishing_is_fast(settings: Settings) -> None:
     print(f"\n200 tickets in {time.monotonic() - started:.2f} s")
     assert queue.waiting(settings, "cpu") == 201
     assert soon(time.monotonic() - started, 10)
+
+
+def test_what_is_loaded_before_needs_no_loading_at_the_first_ring(broker_url: str) -> None:
+    """Libraries of a fifth of a second, in a process that has not rung yet."""
+    code = """
+import sys
+from jobs import queue
+from storage.settings import Settings
+
+settings = Settings(broker_url=sys.argv[1])
+queue.load(settings)
+before = set(sys.modules)
+queue.publish(settings, "cpu", 1)
+print(*{name.split(".")[0] for name in set(sys.modules) - before})
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code, broker_url], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"celery", "kombu"}
 
 
 def test_unknown_queues(settings: Settings) -> None:
