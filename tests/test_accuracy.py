@@ -103,6 +103,7 @@ def test_true_masks_are_what_the_true_boxes_are_around(tmp_path: Path) -> None:
         assert masks[0].shape == np.asarray(Image.open(tmp_path / "images" / key)).shape[:2]
 
 
+@pytest.mark.slow
 def test_masks_and_vectors_of_what_the_detector_found(laptop: dict[str, str], tmp_path: Path) -> None:
     rendered.write_scenes(tmp_path / "scenes", CHAIN_COUNT, 5, with_masks=True)
     figures = measure_chain.measure(tmp_path / "scenes", tmp_path, laptop)

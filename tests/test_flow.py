@@ -80,7 +80,8 @@ def test_the_profile_says_where_the_time_went(stack: Stack, tmp_path: Path) -> N
     assert all(f"\n  {name} " in text for name in spent)
 
 
-@flow.by_default("laptop")
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["laptop", "fleet"], indirect=True)
 def test_a_beat_tells_of_shards_in_hand_only(stack: Stack, tmp_path: Path) -> None:
     """However many a ticket has done before: else each beat of a long ticket writes more than the last."""
     stack = {**stack, "IMAGEMILL_LEASE_SECONDS": "3"}
@@ -115,7 +116,8 @@ def test_changed_new_and_deleted_pictures_are_told_apart(stack: Stack, tmp_path:
     check_all(stack, keys)
 
 
-@flow.by_default("fleet")
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["laptop", "fleet"], indirect=True)
 def test_a_killed_process_group_loses_and_doubles_nothing(fast: Stack, tmp_path: Path) -> None:
     source = tmp_path / "images"
     keys = pictures(source, 300)
@@ -145,6 +147,7 @@ def kill_tree(pid: int) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
+@pytest.mark.slow
 def test_valkey_killed_and_restarted_empty(home: Path, postgres_url: str, s3_url: str, tmp_path: Path) -> None:
     source = tmp_path / "images"
     keys = pictures(source, 300)
@@ -215,6 +218,7 @@ def test_two_recipes_on_one_worker_are_never_mixed(stack: Stack, tmp_path: Path)
         assert {row["count"] for row in rows} == {objects}
 
 
+@pytest.mark.slow
 def test_both_stacks_give_identical_rows(home: Path, fleet_stack: Stack, tmp_path: Path) -> None:
     source = tmp_path / "images"
     pictures(source, 200)

@@ -26,7 +26,7 @@ from tests.invariants import rows
 from tests.workers.models.test_conformance import SMALL, WEIGHTS
 from workers import images
 
-COUNT = 9
+COUNT = 6
 Stack = dict[str, str]
 
 
@@ -153,27 +153,28 @@ def encodes(stack: Stack) -> int:
     return sum(int(line.split()[2]) for line in path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_several_mask_jobs_encode_each_image_once(laptop: Stack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(COUNT, marks=pytest.mark.slow)])
+def test_several_mask_jobs_encode_each_image_once(laptop: Stack, tmp_path: Path, count: int) -> None:
     """Boxes of every label, then of one label, then points from a file: one encoding an image for all three."""
-    source = photos(tmp_path / "photos", COUNT)
+    source = photos(tmp_path / "photos", count)
     sam = weights(tmp_path, "sam")
     base = ("--device", "cpu", "--quiet")
     run(laptop, "annotate", str(source), "--model", "stub", *base, "--param", "objects=5")
     mask = ("mask", str(source), "--model", sam, *base)
     run(laptop, *mask, "--boxes-from", "1")
-    assert encodes(laptop) == COUNT
+    assert encodes(laptop) == count
     run(laptop, *mask, "--boxes-from", "1", "--label", "dog")
     points = tmp_path / "points.jsonl"
     points.write_text(
-        "".join(json.dumps({"key": f"photo-{i:03d}.png", "points": [[9, 9]]}) + "\n" for i in range(COUNT))
+        "".join(json.dumps({"key": f"photo-{i:03d}.png", "points": [[9, 9]]}) + "\n" for i in range(count))
     )
     run(laptop, *mask, "--prompts", str(points))
-    assert encodes(laptop) == COUNT
+    assert encodes(laptop) == count
     masks = rows(
         flow.database_url(laptop), "SELECT job_id, sum(objects) AS n FROM item GROUP BY job_id ORDER BY job_id"
     )
-    assert [row.n for row in masks][1:2] == [5 * COUNT]
-    assert masks[3].n == COUNT
+    assert [row.n for row in masks][1:2] == [5 * count]
+    assert masks[3].n == count
 
 
 CHAIN = """

@@ -84,7 +84,7 @@ def labels(stack: Stack, label: str) -> list[tuple[str, int]]:
 
 def test_crops_are_what_the_boxes_cover(running: Stack, tmp_path: Path) -> None:
     """Only a label's boxes become items, and a retry finds their crops again."""
-    pictures(tmp_path / "images", 20)
+    pictures(tmp_path / "images", 12)
     base = ("--model", "stub", "--device", "cpu", "--quiet")
     run(running, "annotate", str(tmp_path / "images"), *base)
     run(running, "annotate", "results:1?as=crops&label=dog", *base, "--param", "fail_every=5", "--max-failures", "1")
@@ -98,6 +98,7 @@ def test_crops_are_what_the_boxes_cover(running: Stack, tmp_path: Path) -> None:
     assert {row.key for row in rows(flow.database_url(running), failed.format(3))} == before
 
 
+@pytest.mark.slow
 def test_photos_of_a_label_are_a_dataset(running: Stack, tmp_path: Path) -> None:
     pictures(tmp_path / "images", 30)
     base = ("--model", "stub", "--device", "cpu", "--quiet")

@@ -150,7 +150,7 @@ def test_server_inherits_nothing_from_the_test(server: Server) -> None:
     assert not [name for name in names if name.startswith(("IMAGEMILL_", "AWS_"))]
 
 
-@pytest.mark.parametrize("kind", [Valkey, Postgres, SeaweedFS])
+@pytest.mark.parametrize("kind", [Valkey, *(pytest.param(k, marks=pytest.mark.slow) for k in (Postgres, SeaweedFS))])
 def test_a_taken_port_is_replaced(kind: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = services.free_ports, []
     with socket.socket() as taken:
@@ -167,7 +167,7 @@ def test_a_taken_port_is_replaced(kind: type[Server], monkeypatch: pytest.Monkey
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("kind", [Valkey, Postgres, SeaweedFS])
+@pytest.mark.parametrize("kind", [Valkey, *(pytest.param(k, marks=pytest.mark.slow) for k in (Postgres, SeaweedFS))])
 def test_nothing_is_left_behind(kind: type[Server]) -> None:
     with kind() as server:
         pid, folder = server.pid, server.folder
@@ -293,6 +293,7 @@ def test_postgres_crash_keeps_commits_and_drops_open_transactions() -> None:
             psycopg.connect(url)
 
 
+@pytest.mark.slow
 def test_postgres_frozen_does_not_answer_until_thawed() -> None:
     with Postgres() as server, psycopg.connect(server.url) as connection, ThreadPoolExecutor(1) as pool:
         with frozen(server):
@@ -315,6 +316,7 @@ def test_postgres_does_not_run_as_root(postgres: Postgres) -> None:
     assert psutil.Process(postgres.pid).username() == "nobody"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AS_ROOT, reason="only root has folders that its server cannot reach")
 def test_postgres_under_a_closed_folder_is_copied(tmp_path: Path) -> None:
     closed, wheel = tmp_path / "closed", services.postgres_binaries().parent
@@ -332,6 +334,7 @@ def test_postgres_under_a_closed_folder_is_copied(tmp_path: Path) -> None:
 # --- SeaweedFS --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_seaweed_killed_keeps_what_it_acknowledged() -> None:
     with SeaweedFS() as server:
         bucket = server.new_bucket()

@@ -69,7 +69,8 @@ time.time_ns = lambda: int(time.time() * 1e9)
 """
 
 
-@pytest.mark.parametrize("shift_s", [3600, pytest.param(-3600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shift_s", [3600, -3600])
 def test_a_worker_whose_clock_is_wrong(
     home: Path, tmp_path: Path, postgres_url: str, s3_url: str, broker_url: str, shift_s: int
 ) -> None:

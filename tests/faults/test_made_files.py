@@ -78,6 +78,7 @@ def test_a_worker_that_dies_after_a_file_and_before_the_commit(
     prove(stack, keys, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_drain_in_the_middle_keeps_what_was_made(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,11 +85,13 @@ def test_without_the_fence_the_sleeper_mixes_two_attempts(template: Template, st
         support.prove(stack, template.keys)
 
 
+@pytest.mark.slow
 def test_a_sleeper_that_puts_late_overwrites_nothing(template: Template, stack: Stack, tmp_path: Path) -> None:
     late_put(stack, tmp_path / "run")
     support.prove(stack, template.keys)
 
 
+@pytest.mark.slow
 def test_without_prefixes_of_their_own_attempts_overwrite_each_other(
     template: Template, stack: Stack, tmp_path: Path
 ) -> None:
@@ -98,6 +100,7 @@ def test_without_prefixes_of_their_own_attempts_overwrite_each_other(
         support.prove(stack, template.keys)
 
 
+@pytest.mark.slow
 def test_without_the_refill_a_lost_ticket_is_the_end(template: Template, stack: Stack, tmp_path: Path) -> None:
     """Its counterpart is every other test on a copy of a planned job: the copy's broker is empty."""
     with support.worker(support.injected(stack, "no-refill"), tmp_path / "log"):

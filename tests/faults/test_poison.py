@@ -44,10 +44,10 @@ def deaths(stack: Stack) -> int:
 
 
 def test_three_evil_pictures_among_hundreds(stack: Stack, tmp_path: Path) -> None:
-    evils = {100: "abort", 333: "hang", 599: "memory"}
-    reasons = poisoned_run(stack, tmp_path, 600, evils, "--shard-size", "100")
+    evils = {50: "abort", 166: "hang", 299: "memory"}
+    reasons = poisoned_run(stack, tmp_path, 300, evils, "--shard-size", "50")
     assert reasons == {"abort": KILLED, "hang": KILLED, "memory": MEMORY}
-    support.say(f"600 pictures, one aborts, one hangs, one exhausts memory: {deaths(stack)} processes died")
+    support.say(f"300 pictures, one aborts, one hangs, one exhausts memory: {deaths(stack)} processes died")
     assert deaths(stack) <= 2 * CRASHES
 
 
@@ -61,6 +61,7 @@ def test_three_evil_pictures_among_ten_thousand(stack: Stack, tmp_path: Path) ->
     assert deaths(stack) <= 3 * CRASHES
 
 
+@pytest.mark.slow
 def test_the_first_and_the_last_of_one_shard_are_evil(stack: Stack, tmp_path: Path) -> None:
     reasons = poisoned_run(stack, tmp_path, 40, {0: "abort", 31: "kill"})
     assert reasons == {"abort": KILLED, "kill": KILLED}
@@ -76,6 +77,7 @@ def test_two_evil_neighbours(stack: Stack, tmp_path: Path) -> None:
     assert deaths(stack) <= 2 * CRASHES
 
 
+@pytest.mark.slow
 def test_pictures_that_do_not_fit_into_memory(stack: Stack, tmp_path: Path) -> None:
     """No process dies of it: a batch is made smaller until the picture is alone."""
     reasons = poisoned_run(stack, tmp_path, 64, {3: "memory"}, "--shard-size", "64")

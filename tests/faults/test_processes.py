@@ -53,20 +53,22 @@ def each(points: Sequence[str], how: str) -> str:
 # ------------------------------------------------------------------------------------------------ killed
 
 
-def test_children_killed_at_every_point(template: Template, stack: Stack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("points", [FEW, pytest.param(POINTS, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_children_killed_at_points(template: Template, stack: Stack, tmp_path: Path, points: tuple[str, ...]) -> None:
     """One child after another of the same worker dies, at another point each time."""
     fast = support.injected(stack, "no-backoff")
-    dying = support.crashing(fast, tmp_path / "marks", each(POINTS, "KILL"))
+    dying = support.crashing(fast, tmp_path / "marks", each(points, "KILL"))
     with support.worker(dying, tmp_path / "log"):
         support.wait_done(stack, 120)
-        flow.wait_until(lambda: len(list((tmp_path / "marks").iterdir())) == len(POINTS), "every point", 20)
+        flow.wait_until(lambda: len(list((tmp_path / "marks").iterdir())) == len(points), "every point", 20)
     # At most two shards are held at once; a death before the acknowledgement costs none.
-    assert len(POINTS) - 2 <= support.crashes(stack) <= 2 * len(POINTS)
+    assert len(points) - 2 <= support.crashes(stack) <= 2 * len(points)
     _say_rescues(stack, tmp_path / "marks")
     support.prove(stack, template.keys, tmp_path / "log")
 
 
-@pytest.mark.parametrize("points", [FEW, pytest.param(POINTS, marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [FEW, POINTS], ids=["few", "all"])
 def test_families_killed_at_points(template: Template, stack: Stack, tmp_path: Path, points: tuple[str, ...]) -> None:
     """One worker after another is killed with all its processes, at another point each time."""
     fast = support.injected(stack, "no-backoff")
@@ -97,7 +99,7 @@ def test_killed_at_one_point(template: Template, stack: Stack, tmp_path: Path, p
     support.prove(stack, template.keys, tmp_path / "log")
 
 
-@pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
+@pytest.mark.parametrize("seen", [pytest.param(True, marks=pytest.mark.slow), False], ids=["seen", "unseen"])
 def test_the_rescue_of_a_killed_workers_shards(template: Template, stack: Stack, tmp_path: Path, seen: bool) -> None:
     """At once when another process of the machine can see it is gone, else when the lease has run out."""
     there = stack if seen else support.injected(stack, "hidden")
@@ -131,6 +133,7 @@ def test_a_killed_supervisor_takes_its_workers_along(template: Template, stack: 
     support.prove(stack, template.keys, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_a_killed_laptop_takes_everything_along(home: Path, tmp_path: Path) -> None:
     """The broker dies with its owner too, and the workers must end although they cannot reach it any more."""
     stack = support.with_ledger(support.laptop(), tmp_path / "ledger")
@@ -197,9 +200,8 @@ def _thawing(parents: list[subprocess.Popen[bytes]], after_s: float) -> Iterator
         thread.join()
 
 
-@pytest.mark.parametrize(
-    ("word", "limit"), [pytest.param("hang", "stall", marks=pytest.mark.slow), ("seize", "time limit")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("word", "limit"), [("hang", "stall"), ("seize", "time limit")])
 def test_a_device_that_hangs(
     postgres_url: str, s3_url: str, broker_url: str, tmp_path: Path, word: str, limit: str
 ) -> None:
@@ -230,7 +232,7 @@ def test_slow_pictures_outlive_the_time_limit_of_a_ticket(
     postgres_url: str, s3_url: str, broker_url: str, tmp_path: Path
 ) -> None:
     """A shard that takes far longer than a ticket may is given back and gone on with, not killed as if it hung."""
-    keys = flow.pictures(tmp_path / "images", 32)
+    keys = flow.pictures(tmp_path / "images", 20)
     stack = support.with_ledger(support.fleet(postgres_url, s3_url, broker_url), tmp_path / "ledger")
     stack |= {"IMAGEMILL_TICKET_SECONDS": "1", "IMAGEMILL_STALL_SECONDS": "2"}
     run(stack, "db", "upgrade")
@@ -247,7 +249,7 @@ def test_slow_pictures_outlive_the_time_limit_of_a_ticket(
 # ------------------------------------------------------------------------------------------------ told to stop
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_worker_told_to_stop_gives_back_what_it_has(
     template: Template, stack: Stack, tmp_path: Path, times: int
 ) -> None:
@@ -292,6 +294,7 @@ def test_drain_ends_one_worker_and_the_others_go_on(template: Template, stack: S
     support.prove(stack, template.keys)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_annotate_at_once(home: Path, tmp_path: Path) -> None:
     """The first waits for the batch; the second does not, and the same command still continues."""
     keys = flow.pictures(tmp_path / "images", 24)

@@ -8,7 +8,7 @@ from tests import soak
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    report = soak.run(0.6, seed=7, every_s=1.5, folder=tmp_path)
+    report = soak.run(0.4, seed=7, every_s=1.5, folder=tmp_path)
     print(report)
     assert soak.problems(report) == {}
     assert report["faults"] > 5

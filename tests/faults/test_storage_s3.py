@@ -123,15 +123,8 @@ def proven(stack: Stack, done: dict[str, Any], keys: list[str], *, failures: int
     check_all(stack, keys)
 
 
-@pytest.mark.parametrize(
-    ("action", "chance"),
-    [
-        ("slowdown", 0.1),
-        pytest.param("slowdown", 0.5, marks=pytest.mark.slow),
-        pytest.param("error", 0.1, marks=pytest.mark.slow),
-        pytest.param("error", 0.5, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("action", "chance"), [("slowdown", 0.1), ("slowdown", 0.5), ("error", 0.1), ("error", 0.5)])
 def test_refusals_at_random(
     stack: Stack, proxy: HttpFaultProxy, seaweed: SeaweedFS, tmp_path: Path, action: Any, chance: float
 ) -> None:
@@ -201,7 +194,8 @@ def test_bodies_cut_short(stack: Stack, proxy: HttpFaultProxy, seaweed: SeaweedF
     proven(stack, done, keys)
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_a_server_that_hangs_or_dies(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     from storage import settings
 
@@ -256,6 +250,7 @@ open_store(found.store, found).put_file("weights/0/big.pt", Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_an_upload_that_was_broken_off_is_aborted(
     stack: Stack, proxy: HttpFaultProxy, seaweed: SeaweedFS, tmp_path: Path
 ) -> None:
@@ -336,6 +331,7 @@ def fill(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_store(home: Path, tmp_path: Path) -> None:
     keys = pictures(tmp_path / "images", COUNT)
     with disk(tmp_path / "disk", "4m") as folder:

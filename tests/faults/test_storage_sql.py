@@ -77,6 +77,7 @@ def hurting(hurt: Callable[[], None], every_s: float) -> Iterator[list[int]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_database_that_crashes_again_and_again(stack: Stack, server: Postgres, tmp_path: Path) -> None:
     keys = pictures(tmp_path / "images", COUNT)
     run(stack, "db", "upgrade")
@@ -92,6 +93,7 @@ def test_a_database_that_crashes_again_and_again(stack: Stack, server: Postgres,
     assert (done["errors"], done["crashes"]) == (0, 0), (tmp_path / "worker.log").read_text()[-3000:]
 
 
+@pytest.mark.slow
 def test_connections_ended_at_random(stack: Stack, server: Postgres, tmp_path: Path) -> None:
     keys = pictures(tmp_path / "images", COUNT)
     run(stack, "db", "upgrade")
@@ -250,6 +252,7 @@ def test_a_sqlite_writer_killed_again_and_again(home: Path, tmp_path: Path) -> N
     check_all(stack, keys)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = pictures(tmp_path / "images", COUNT)
     home = tmp_path / "disk"

@@ -130,7 +130,8 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.slow), True], ids=["idle", "busy"])
+@pytest.mark.slow
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_all_tickets_deleted(template: Template, stack: Stack, own: Valkey, tmp_path: Path, busy: bool) -> None:
     with support.worker(stack, tmp_path / "log"):
         if busy:
@@ -145,6 +146,7 @@ def test_all_tickets_deleted(template: Template, stack: Stack, own: Valkey, tmp_
     proven_once(template, stack, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_tickets_redelivered_while_they_run(template: Template, stack: Stack, own: Valkey, tmp_path: Path) -> None:
     """Another program on the same broker has a visibility timeout of a second: tickets come back while they run."""
     from kombu import Connection
@@ -168,6 +170,7 @@ def test_tickets_redelivered_while_they_run(template: Template, stack: Stack, ow
     proven_once(template, stack, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_an_idle_worker_killed_under_a_stream_of_tickets(
     template: Template, stack: Stack, own: Valkey, tmp_path: Path
 ) -> None:
@@ -228,6 +231,7 @@ def test_a_broker_that_freezes(template: Template, stack: Stack, own: Valkey, tm
     proven_once(template, stack, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_a_worker_that_hears_nothing_is_started_again(
     template: Template, stack: Stack, own: Valkey, tmp_path: Path
 ) -> None:
@@ -250,6 +254,7 @@ def test_a_worker_that_hears_nothing_is_started_again(
     proven_once(template, stack, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_a_broker_that_flaps(template: Template, stack: Stack, own: Valkey, tmp_path: Path) -> None:
     """Killed four times within about seven seconds, empty each time."""
     with support.worker(stack, tmp_path / "log"):
@@ -265,6 +270,7 @@ def test_a_broker_that_flaps(template: Template, stack: Stack, own: Valkey, tmp_
     proven_once(template, stack, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_full(template: Template, stack: Stack, own: Valkey, tmp_path: Path) -> None:
     """It refuses every write that needs memory; nothing crashes, and work goes on once there is room."""
     with broker(stack) as client, support.worker(stack, tmp_path / "log") as worker:

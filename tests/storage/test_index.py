@@ -260,7 +260,7 @@ def test_objects_are_those_with_current_items_in_order(db: Database) -> None:
 
 def test_bulk_insert_is_fast(db: Database) -> None:
     found = planned_job(db, shards=2)
-    outcomes = [outcome(i, f"train/{i:06d}.jpg") for i in range(50_000)]
+    outcomes = [outcome(i, f"train/{i:06d}.jpg") for i in range(10_000)]
     seconds = 0.0
     for number in (1, 2):
         rows = [Outcome(o.position, f"{number}/{o.key}", *_rest(o)) for o in outcomes]
@@ -272,12 +272,12 @@ def test_bulk_insert_is_fast(db: Database) -> None:
             )
         )
         seconds += time.monotonic() - started
-    print(f"\n100,000 items with a label each into {'SQLite' if db.is_sqlite else 'Postgres'}: {seconds:.1f} s")
-    assert count(db) == count(db, item_label) == 100_000
-    assert soon(seconds, 60)
+    print(f"\n20,000 items with a label each into {'SQLite' if db.is_sqlite else 'Postgres'}: {seconds:.1f} s")
+    assert count(db) == count(db, item_label) == 20_000
+    assert soon(seconds, 12)
     started = time.monotonic()
-    assert len(index.known(db, 1, [f"1/train/{i:06d}.jpg" for i in range(0, 50_000, 6)])) == 8334
-    print(f"8,334 keys looked up in {time.monotonic() - started:.2f} s")
+    assert len(index.known(db, 1, [f"1/train/{i:06d}.jpg" for i in range(0, 10_000, 6)])) == 1667
+    print(f"1,667 keys looked up in {time.monotonic() - started:.2f} s")
 
 
 def _rest(made: Outcome) -> tuple[Any, ...]:

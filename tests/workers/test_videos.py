@@ -217,8 +217,8 @@ def open_files(folder: Path) -> int:
 
 
 def test_a_long_video_takes_little_memory(tmp_path: Path) -> None:
-    """All frames of it would be 600 MB."""
-    path = clip(tmp_path / "a.mp4", 1300, size=(640, 360), codec="mpeg4", gop=50)
+    """All frames of it would be 480 MB."""
+    path = clip(tmp_path / "a.mp4", 700, size=(640, 360), codec="mpeg4", gop=50)
     wanted = uris(path)
     process = psutil.Process()
 

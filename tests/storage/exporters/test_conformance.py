@@ -447,7 +447,10 @@ def test_a_full_disk_leaves_nothing(mill: Mill, tmp_path: Path, format: str) -> 
     assert "left: []" in out
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(f, marks=pytest.mark.slow if f in ("yolo", "parquet") else []) for f in FORMATS],
+)
 @pytest.mark.parametrize(
     ("few", "many", "items"),
     [(25, 75, 100), pytest.param(20, 200, 500, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],

@@ -250,9 +250,17 @@ def _open(network: Any) -> Any:
     return torch.open(network, RUN_ON, "fp32")
 
 
-def _pairs() -> list[tuple[str, str]]:
+# One family of each kind in every run, and those without weights; of the others, their own tests by default.
+EVERY_RUN = {"dinov2", "diffusion", "sam", "stub", "transform", "yolo"}
+
+
+def _pairs() -> list[Any]:
     """Every family with every kind it yields."""
-    return [(name, kind) for name in models.families() for kind in sorted({c.kind for c in models.family(name).CARDS})]
+    return [
+        pytest.param((name, kind), marks=pytest.mark.slow if name in WEIGHTS.keys() - EVERY_RUN else [])
+        for name in models.families()
+        for kind in sorted({c.kind for c in models.family(name).CARDS})
+    ]
 
 
 @dataclasses.dataclass
@@ -282,7 +290,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Subject(family, card, weights, family.load(card, params, weights, Site(RUN_ON, _open)))
 
 
-def pictures(count: int = 6, shape: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
+def pictures(count: int = 3, shape: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for _ in range(count)]
 

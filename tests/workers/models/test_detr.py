@@ -251,7 +251,10 @@ def assert_same(ours: Result, theirs: dict[str, np.ndarray]) -> None:
         free[near.argmax()] = False
 
 
-@pytest.mark.parametrize("name", BUILD)
+BY_DEFAULT = ("detr", "deformable", "rtdetr", "rfdetr")  # the others are variants of these
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in BY_DEFAULT else pytest.mark.slow) for n in BUILD])
 def test_boxes_are_those_of_transformers(name: str, checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint(name)
     model = loaded(path)

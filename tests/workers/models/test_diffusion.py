@@ -100,7 +100,15 @@ def derived(seed: int, key: str) -> int:
 CLASSES = {"sd": "StableDiffusion", "xl": "StableDiffusionXL"}
 
 
-@pytest.mark.parametrize("negative", ["", "blurry"])
+def some(*by_default: tuple[str, str], of: tuple[str, str]) -> list[Any]:
+    """Both models with both values; those that are not named only among the slow tests."""
+    pairs = [(model, value) for model in CLASSES for value in of]
+    return [pytest.param(*pair, marks=[] if pair in by_default else pytest.mark.slow) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("either", "negative"), some(("sd", "blurry"), ("xl", ""), of=("", "blurry")), indirect=["either"]
+)
 def test_images_from_prompts_are_those_of_diffusers(either: Path, negative: str) -> None:
     model = painter(either, guidance=6.0, seed=4, negative_prompt=negative)
     batch = prepared(model, items())
@@ -134,7 +142,7 @@ def test_redrawn_pictures_are_those_of_diffusers(either: Path) -> None:
     assert ours.meta["strength"] == 0.5
 
 
-@pytest.mark.parametrize("control", ["canny", "image"])
+@pytest.mark.parametrize("control", ["canny", pytest.param("image", marks=pytest.mark.slow)])
 def test_controlled_images_are_those_of_diffusers(sd: Path, controlnet: Path, control: str) -> None:
     options = {"control": control, "canny_low": 50, "canny_high": 120, "control_scale": 0.7}
     model = painter(sd, controlnet=str(controlnet), width=64, height=64, **options)
@@ -159,7 +167,7 @@ def test_controlled_images_are_those_of_diffusers(sd: Path, controlnet: Path, co
         model.prepare(None, items(1)[0])
 
 
-@pytest.mark.parametrize("control", ["canny", "image"])
+@pytest.mark.parametrize(("either", "control"), some(("sd", "canny"), of=("canny", "image")), indirect=["either"])
 def test_pictures_redrawn_along_a_condition_are_those_of_diffusers(either: Path, folder: Path, control: str) -> None:
     """ControlNet and img2img at once: started from the picture, with its edges (or itself) as the condition."""
     net = tinydiffusion.controlnet(folder / f"for-{either.name}", either)
@@ -199,7 +207,11 @@ def test_pictures_redrawn_along_a_condition_are_those_of_diffusers(either: Path,
     assert all(abs(pixels(other).astype(int) - pixels(ours)).max() > 2 for other in others), "both have their say"
 
 
-@pytest.mark.parametrize("mode", ["Img2Img", "ControlNetImg2Img"])
+@pytest.mark.parametrize(
+    ("either", "mode"),
+    some(("sd", "Img2Img"), ("xl", "ControlNetImg2Img"), of=("Img2Img", "ControlNetImg2Img")),
+    indirect=["either"],
+)
 def test_folders_saved_by_the_other_pipelines(either: Path, folder: Path, tmp_path: Path, mode: str) -> None:
     """The same networks under another name in model_index.json."""
     net = tinydiffusion.controlnet(folder / f"of-{either.name}", either)
@@ -227,7 +239,13 @@ def test_a_controlnet_may_lie_in_the_models_folder(sd: Path, controlnet: Path, t
     assert np.array_equal(pixels(a), pixels(b))
 
 
-@pytest.mark.parametrize("scheduler", ["", *diffusionparams.SCHEDULERS])
+NOISY = "EulerAncestralDiscrete"  # it adds noise in each step
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["", *(pytest.param(s, marks=[] if s == NOISY else pytest.mark.slow) for s in diffusionparams.SCHEDULERS)],
+)
 def test_an_image_does_not_depend_on_its_batch(sd: Path, scheduler: str) -> None:
     """With every scheduler, those with noise in each step too; and different items differ."""
     model = painter(sd, scheduler=scheduler, steps=5)
@@ -240,7 +258,7 @@ def test_an_image_does_not_depend_on_its_batch(sd: Path, scheduler: str) -> None
     assert min(abs(alone[i] - alone[j]).max() for i in range(4) for j in range(i)) > 20
 
 
-@pytest.mark.parametrize("image", [None, photo()], ids=["drawn", "redrawn"])
+@pytest.mark.parametrize("image", [pytest.param(None, marks=pytest.mark.slow), photo()], ids=["drawn", "redrawn"])
 def test_xl_images_do_not_depend_on_their_batch(xl: Path, image: np.ndarray | None) -> None:
     model = painter(xl, scheduler="EulerAncestralDiscrete", width=64, height=64)
     batch = prepared(model, items(4), image)

@@ -55,7 +55,7 @@ def folder_of(path: Path, model: Any, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["plain", "registers", "swiglu"])
+@pytest.fixture(scope="module", params=["plain", "registers", pytest.param("swiglu", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     registers = request.param == "registers"
     wanted = (

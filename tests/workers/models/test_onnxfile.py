@@ -85,7 +85,11 @@ def theirs(path: Path, image: np.ndarray, **params: Any) -> np.ndarray:
     return found.boxes.data.cpu().numpy()
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+BY_DEFAULT = ("dynamic", "nms-free", "nms-inside-dynamic")
+SOME = [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow) for name in EXPORTS]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_what_ultralytics_predicts(name: str, files: dict[str, Path], pictures: dict[str, np.ndarray]) -> None:
     model, boxes = ours(files[name]), 0
     for kind, image in pictures.items():
@@ -131,7 +135,7 @@ def test_a_batch_gives_what_each_gives_alone(
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", SOME)
 def test_every_runtime_runs_the_file_itself(
     name: str, runtime: str, files: dict[str, Path], pictures: dict[str, np.ndarray]
 ) -> None:

@@ -408,11 +408,11 @@ class TestEverything:
         "params",
         [
             {},
-            {"box_nms_thresh": 0.5, "pred_iou_thresh": 0.4},
-            {"stability_score_thresh": 0.9, "stability_score_offset": 0.5},
-            {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2},
+            pytest.param({"box_nms_thresh": 0.5, "pred_iou_thresh": 0.4}, marks=pytest.mark.slow),
+            pytest.param({"stability_score_thresh": 0.9, "stability_score_offset": 0.5}, marks=pytest.mark.slow),
+            pytest.param({"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}, marks=pytest.mark.slow),
             {"crop_n_layers": 1, "crop_overlap_ratio": 0.1, "crop_nms_thresh": 0.4},
-            {"min_mask_region_area": 400},
+            pytest.param({"min_mask_region_area": 400}, marks=pytest.mark.slow),
         ],
         ids=str,
     )

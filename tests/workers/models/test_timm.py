@@ -61,7 +61,13 @@ def made(architecture: str, classes: int = 10, **overlay: Any) -> Any:
     return spread(model, given_to(model, list(photographs().values())))
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+# One without class token, one with, one with registers.
+BY_DEFAULT = ("resnet18", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[] if n in BY_DEFAULT else pytest.mark.slow) for n in NETWORKS]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     timm.models.save_for_hf(made(request.param), path, safe_serialization="both")
@@ -160,7 +166,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestSingleFiles:
     """A safetensors file alone, whose architecture the user names."""
 
-    @pytest.mark.parametrize("architecture", ["resnet18", "resnet18.a1_in1k"])
+    @pytest.mark.parametrize("architecture", ["resnet18", pytest.param("resnet18.a1_in1k", marks=pytest.mark.slow)])
     def test_it_gives_what_timm_gives(self, tmp_path: Path, photos: list[np.ndarray], architecture: str) -> None:
         path = tmp_path / "mine.safetensors"
         timms = timm.create_model(architecture, num_classes=10)

@@ -144,8 +144,11 @@ def assert_same(ours: Result, theirs: dict[str, np.ndarray], tolerance: float = 
         free[near.argmax()] = False
 
 
-# Large networks, each of a family of which a smaller one is tried.
-LARGE = ("ssd300_vgg16", "fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2")
+# Large networks. In every run the smaller ones are tried, and RetinaNet's by its published weights.
+LARGE = {
+    *("ssd300_vgg16", "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"),
+    *("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"),
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in _BUILDERS])
@@ -226,7 +229,9 @@ def test_groups_are_the_shapes_that_torchvision_pads_to(name: str, tmp_path: Pat
         assert model.prepare(image, Item("key")).group == padded.tensors.shape[2:]
 
 
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("fasterrcnn_resnet50_fpn", marks=pytest.mark.slow), "retinanet_resnet50_fpn"]
+)
 def test_published_weights_give_what_torchvision_makes_of_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +385,7 @@ def test_pictures_that_cannot_be_prepared(lite: Path, tmp_path: Path) -> None:
         loaded(lite, imgsz=320)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_keeps_the_anchors(precision: str, tmp_path: Path) -> None:
     """Anchors are placed in float32, since bf16 steps by 4 pixels above 512; scores stay near."""
     path = saved(built(MOBILE), tmp_path / "weights.pth")

@@ -57,7 +57,12 @@ def given_to(name: str, images: list[np.ndarray], size: int = 0) -> torch.Tensor
     return torch.stack([transforms(name, size)(pil.fromarray(image)) for image in images])
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+BY_DEFAULT = ("resnet18", "vit_b_32")  # without class token and with
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[] if n in BY_DEFAULT else pytest.mark.slow) for n in NETWORKS]
+)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
     """(torchvision's name, its network, its state dict's path)."""
     name, options = request.param, NETWORKS[request.param]
@@ -157,7 +162,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 class TestStateDicts:
     """Files of tensors, and what they are taken for."""
 
-    @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d", "wide_resnet50_2", "swin_v2_t", "efficientnet_b1"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("resnet50", "resnext50_32x4d"),
+            *(pytest.param(n, marks=pytest.mark.slow) for n in ("wide_resnet50_2", "swin_v2_t", "efficientnet_b1")),
+        ],
+    )
     def test_networks_of_a_series_are_told_apart(self, name: str) -> None:
         with torch.device("meta"):
             state = get_model(name, weights=None, num_classes=7).state_dict()

@@ -200,7 +200,13 @@ def with_candidates(model: yolo.Detector, image: np.ndarray, count: int) -> yolo
     return picky
 
 
-@pytest.mark.parametrize(("series", "nms"), [*((s, True) for s in SERIES), *((s, False) for s in NMS_FREE)])
+BOTH_HEADS = [*((s, True) for s in SERIES), *((s, False) for s in NMS_FREE)]
+BY_DEFAULT = {("yolov8n", True), ("yolo26n", False)}  # the oldest head and the newest
+
+
+@pytest.mark.parametrize(
+    ("series", "nms"), [pytest.param(*p, marks=[] if p in BY_DEFAULT else pytest.mark.slow) for p in BOTH_HEADS]
+)
 def test_boxes_are_those_of_ultralytics_predict(
     series: str, nms: bool, models: Callable[[str], Path], assets: Path
 ) -> None:
@@ -223,7 +229,7 @@ def test_boxes_are_those_of_ultralytics_predict(
         {"classes": ["car", "class 7", "class 20", "class 33"]},
     ],
 )
-@pytest.mark.parametrize(("series", "nms"), [("yolov8n", True), ("yolo26n", False)])
+@pytest.mark.parametrize(("series", "nms"), [("yolov8n", True), pytest.param("yolo26n", False, marks=pytest.mark.slow)])
 def test_every_parameter_means_what_it_means_upstream(
     series: str, nms: bool, options: dict[str, Any], models: Callable[[str], Path], assets: Path
 ) -> None:

@@ -130,7 +130,7 @@ def assert_same(ours: Result, theirs: tuple[Any, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("retina_masks", [False, True])
-@pytest.mark.parametrize("series", SERIES)
+@pytest.mark.parametrize("series", [SERIES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SERIES[1:])])
 def test_same_as_upstream(
     series: str, retina_masks: bool, weights: Callable[[str], Path], images: dict[str, np.ndarray]
 ) -> None:
