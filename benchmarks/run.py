@@ -42,8 +42,8 @@ class Plan:
         rounds: of which the median is taken.
         pictures: of a job.
         peer_pictures: of a run of a peer, which is timed after its first batch.
-        tiny: items of a job without pictures worth the name.
-        waiting: items of a job on a device that works beside the processor.
+        tiny: items of a job without pictures.
+        waiting: items of a job of 2 x 2 pictures, also on a device that works beside the processor.
         seconds: for each part.
         names: workloads.
         kinds: (runtime, precision).
@@ -94,7 +94,6 @@ def main() -> int:
         made = folder / "made"
         made.mkdir()
         common.child("workloads.py", str(made), "--pictures", str(plan.pictures))
-        workloads.write_manifest(folder / "tiny.csv", made / "tiny.ppm", plan.tiny)
         workloads.write_manifest(folder / "waiting.csv", made / "tiny.ppm", plan.waiting)
         workloads.write_prompts(folder / "prompts.txt", plan.tiny)
         with Mill(folder / "home") as mill:
@@ -150,7 +149,7 @@ def _without_a_network(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     found = []
     datasets = {
         "stub": (folder / "pictures", {"batch": workloads.BATCH}),
-        "stub, 2 x 2 pictures": (folder.parent / "tiny.csv", {"batch": 256}),
+        "stub, 2 x 2 pictures": (folder.parent / "waiting.csv", {"batch": 256}),
         "stub, no pictures": (f"prompts:{folder.parent / 'prompts.txt'}", {"batch": 256}),
         # 64 items in 100 ms, and meanwhile the processor is free, as beside a GPU.
         "stub, 100 ms a batch": (folder.parent / "waiting.csv", {"batch": 64, "param": "delay_ms=100"}),
