@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from benchmarks.workloads import BATCH, WORKLOADS
+from benchmarks.workloads import WORKLOADS
 
 
 def main() -> None:
@@ -57,13 +57,16 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def forward(arguments: argparse.Namespace) -> Callable[[], int]:
     """Tensors in, tensors out: the session of a runtime, and nothing around it."""
+    from workers import tuning
+
     model, sessions = _load(arguments)
-    model.infer([model.prepare(one, _item()) for one in _pixels(arguments)[:BATCH]])
+    batch = tuning.usual_batch(arguments.runtime, "cpu")
+    model.infer([model.prepare(one, _item()) for one in _pixels(arguments)[:batch]])
     session = sessions[0]
 
     def once() -> int:
         session.again()
-        return BATCH
+        return batch
 
     return once
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common, table, workloads
 from benchmarks.common import Figures, Measure
 from benchmarks.mill import Mill
+from workers import tuning
 
 KINDS = (("torch", "fp32"), ("torch", "bf16"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 FP32 = tuple(kind for kind in KINDS if kind[1] == "fp32")
@@ -102,7 +103,7 @@ def main() -> int:
             def write(taken: list[common.Taken], without: list[tuple[str, str]]) -> None:
                 rounds = f"{max(len(one.rates) for one in taken)} round(s), jobs of {plan.pictures} pictures"
                 took = f"took {(time.monotonic() - started) / 60:.0f} minutes; load at the end {os.getloadavg()[0]:.1f}"
-                text = table.text([f"{rounds}, batch {workloads.BATCH}", *title, took], taken, without)
+                text = table.text([f"{rounds}, peers in batches of {workloads.BATCH}", *title, took], taken, without)
                 print(f"\n{text}", flush=True)
                 if out:
                     out.write_text(text)
@@ -135,7 +136,8 @@ def _with_a_network(workload: str, folder: Path, mill: Mill, plan: Plan) -> list
     for runtime, precision in plan.kinds if weights else ():
         how = ("--runtime", runtime, "--precision", precision)
         forward = _child("parts.py", "forward", folder, *brief, *how)
-        options = {"precision": precision, "batch": workloads.BATCH, "shard_size": plan.shard_sizes[0]}
+        batch = tuning.usual_batch(runtime, "cpu")
+        options = {"precision": precision, "batch": batch, "shard_size": plan.shard_sizes[0]}
         job = functools.partial(_warm_job, mill, kind, folder, str(folder / weights), {"runtime": runtime, **options})
         found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, forward))
         found.append(Measure(workload, "imagemill", f"{runtime} {precision}", precision, job))

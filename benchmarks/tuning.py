@@ -23,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, workloads
 
-_BATCHES = (1, 2, 4)  # times the usual batch, as tuning tries them
-
 
 def main() -> int:
     """Tune as a worker does, measure everything, judge."""
@@ -79,12 +77,11 @@ def _exhaustive(
     from jobs.choices import Choice
     from workers import batches, tuning
 
-    usual = tuning.plain(spec, "cpu").batch
     ways = [pair for pair in tuning.candidates(spec, "cpu") if pair not in refused]
     found: dict[tuple[str, str, int], list[float]] = {}
     for _ in range(arguments.rounds):
         for runtime, precision in ways:
-            for batch in [usual * times for times in _BATCHES]:
+            for batch in (tuning.usual_batch(runtime, "cpu"), *tuning.OTHER_BATCHES["cpu"]):
                 model = models.apart(tuning.chosen(spec, Choice(runtime, precision, batch))).model
                 size = batches.BatchSize(batch)
                 infer = lambda model=model, size=size, batch=batch: batches.infer(model, pictures[:batch], size)  # noqa: E731
@@ -129,7 +126,7 @@ def _prepared(made: Path, model: Any) -> list[Any]:
     from workers import images, tuning
     from workers.models import Item
 
-    paths = sorted((made / "pictures").glob("*.jpg"))[: max(tuning.PICTURES, _BATCHES[-1] * workloads.BATCH)]
+    paths = sorted((made / "pictures").glob("*.jpg"))[: tuning.PICTURES]
     return [model.prepare(images.decode(path.read_bytes(), images.Limits()).pixels, Item(path.name)) for path in paths]
 
 

@@ -115,6 +115,30 @@ def test_where_nothing_is_found_less_precision_has_no_evidence() -> None:
     assert (best.runtime, best.precision) == ("openvino", "fp32")
 
 
+class Cached(Timed):
+    """Takes thrice as long for each picture once there are too many for the caches."""
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Any]:
+        time.sleep(2 * self.each_s * len(batch) if len(batch) > 2 else 0)
+        return super().infer(batch)
+
+
+class Slow(Timed):
+    """Takes long for each batch, however small."""
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Any]:
+        time.sleep(0.02)
+        return super().infer(batch)
+
+
+def test_the_fastest_batch_is_taken() -> None:
+    best, found = tuned({("torch", "fp32"): Timed(0.004), ("onnx", "fp32"): Cached(0.001)})
+    assert (best.runtime, best.batch) == ("onnx", 2)
+    assert {one.batch for one in found if one.runtime == "onnx"} == {2, 4, 16}
+    best, _ = tuned({("torch", "fp32"): Timed(0.004), ("openvino", "fp32"): Slow(0.0005)})
+    assert (best.runtime, best.batch) == ("openvino", 16)
+
+
 def test_what_the_user_gave_is_kept() -> None:
     ways = {("torch", "fp32"): Timed(0.004), ("torch", "bf16"): Timed(0.003), ("openvino", "fp32"): Timed(0.0005)}
     best, found = tuned(ways, dataclasses.replace(SPEC, runtime="torch"))
@@ -143,7 +167,8 @@ def test_what_fp32_torch_takes_is_of_that_time() -> None:
 def test_without_measuring_open_questions_have_plain_answers(given: dict[str, Any]) -> None:
     found = tuning.plain(dataclasses.replace(SPEC, **given), "cpu")
     assert not tuning.open_questions(found)
-    expected: dict[str, Any] = {"runtime": "torch", "precision": "fp32", "batch": 8} | given
+    batch = 2 if given.get("runtime") == "onnx" else 8
+    expected: dict[str, Any] = {"runtime": "torch", "precision": "fp32", "batch": batch} | given
     assert {name: getattr(found, name) for name in expected} == expected
 
 
