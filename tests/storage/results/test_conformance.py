@@ -220,9 +220,10 @@ def test_summary_survives_the_round_trip(kind: str) -> None:
             assert module.summary(one) == module.summary(other)
 
 
+@pytest.mark.parametrize("n", [3, 200])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_refused(kind: str, bad: float) -> None:
-    good = example(kind, 3)
+def test_numbers_that_are_none_are_refused(kind: str, bad: float, n: int) -> None:
+    good = example(kind, n)
     names = [n for n, v in fields(good).items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
     for name in names:
         values = dict(fields(good))
@@ -230,6 +231,18 @@ def test_numbers_that_are_none_are_refused(kind: str, bad: float) -> None:
         values[name].reshape(-1)[-1] = bad
         with pytest.raises(ValueError):
             type(good)(**values)
+
+
+def test_the_largest_boxes_are_numbers() -> None:
+    """Their sum is more than a 32-bit float holds. Infinities of both signs are none, though their sum is not infinite."""
+    from storage.results import detections
+
+    largest = np.full((2, 4), np.finfo(np.float32).max, np.float32)
+    rest = (np.ones(2, np.float32), np.zeros(2, np.int32), ("dog", "cat"))
+    assert len(detections.Result(largest, *rest).labels) == 2
+    largest[0, 0], largest[1, 3] = np.inf, -np.inf
+    with pytest.raises(ValueError, match="finite"):
+        detections.Result(largest, *rest)
 
 
 def test_columns_of_different_length_are_refused(kind: str) -> None:
