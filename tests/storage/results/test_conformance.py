@@ -234,7 +234,7 @@ def test_numbers_that_are_none_are_refused(kind: str, bad: float, n: int) -> Non
 
 
 def test_the_largest_boxes_are_numbers() -> None:
-    """Their sum is more than a 32-bit float holds. Infinities of both signs are none, though their sum is not infinite."""
+    """Though their sum is more than 32 bits hold; infinities are none, though those of both signs add up to NaN."""
     from storage.results import detections
 
     largest = np.full((2, 4), np.finfo(np.float32).max, np.float32)
