@@ -30,7 +30,7 @@ _UPGRADE = "run: imagemill db upgrade"
 _IDLE_MS = 10_000  # in a transaction, ms; whoever is frozen in one holds locks that the others wait for
 _WAL_PAGES = 4000  # of 4 kB, before SQLite takes the log into its file: each time is two more waits for the disk
 # In one statement of SQLite, which takes 32,766 values. These sizes only: each connection keeps the statements that it
-# has run, and one of a thousand rows of eighteen columns is 2.6 MB. Any number is the sum of ten of them or fewer.
+# has run, and one of a thousand rows of eighteen columns is 2.6 MB. Any number takes ten of the smaller at most.
 _ROWS = tuple(1 << power for power in reversed(range(11)))
 
 # SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
