@@ -181,7 +181,12 @@ def find(
     """
     if (limit or 0) < 0 or (min_score is not None and math.isnan(min_score)):
         raise BadInput(f"expected a limit of 0 or more and a score from 0 to 1, but got {limit} and {min_score}")
-    query = _labelled(_items(recipe_id, ok=ok, reason=reason, retry=retry, job_id=job_id), recipe_id, label, min_score)
+    wanted = {"ok": ok, "reason": reason, "retry": retry, "job_id": job_id}
+    few = None if label is None else _few_with(db, recipe_id, label, min_score)
+    if few is not None:
+        query = _items(None, **wanted).where(item.c.id.in_(few))
+    else:
+        query = _labelled(_items(recipe_id, **wanted), recipe_id, label, min_score)
     after: str | None = None
     left = limit
     while left is None or left > 0:
@@ -195,8 +200,24 @@ def find(
         after, left = rows[-1].key, None if left is None else left - len(rows)
 
 
-def _items(recipe_id: int, **wanted: Any) -> sa.Select[Any]:
-    query = sa.select(item).where(item.c.recipe_id == recipe_id, item.c.current, item.c.pruned_at.is_(None))
+def _few_with(db: Database, recipe_id: int, label: str, min_score: float | None) -> list[int] | None:
+    """The ids of the rows with a label, when they are few; None when they are not.
+
+    Rows come sorted by key. Where a label is rare, to look for it in that order may mean to go through all of them, so
+    those with it are looked up instead; where it is not, to sort those with it would take longer than the look.
+    """
+    columns = item_label.c
+    where = [columns.recipe_id == recipe_id, columns.label == label]
+    where += [] if min_score is None else [columns.top_score >= min_score]
+    rows = db.query(sa.select(columns.item_id).where(*where).limit(_IN_LIMIT + 1))
+    return None if len(rows) > _IN_LIMIT else [item_id for (item_id,) in rows]
+
+
+def _items(recipe_id: int | None, **wanted: Any) -> sa.Select[Any]:
+    """The current rows of a recipe, or of all of them where what is added names the rows."""
+    query = sa.select(item).where(item.c.current, item.c.pruned_at.is_(None))
+    if recipe_id is not None:
+        query = query.where(item.c.recipe_id == recipe_id)
     for column, value in wanted.items():
         if value is not None:
             query = query.where(item.c[column] == value)

@@ -45,7 +45,10 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index(
-        "ix_item_label_recipe_id_label_top_score", "item_label", ["recipe_id", "label", "top_score"], unique=False
+        "ix_item_label_recipe_id_label",
+        "item_label",
+        ["recipe_id", "label", "item_id", "top_score"],
+        unique=False,
     )
 
     op.create_table(

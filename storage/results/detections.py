@@ -102,11 +102,14 @@ def _row(boxes: pa.Scalar, scores: pa.Scalar, class_ids: pa.Scalar, labels: pa.S
 def summary(result: Result) -> Summary:
     """How many objects of which label, and the highest score of each."""
     labels: dict[str, tuple[int, float]] = {}
-    for label, score in zip(result.labels, result.scores.tolist(), strict=True):
-        count, top = labels.get(label, (0, score))
-        labels[label] = (count + 1, top if top >= score else score)
-    top_score = max([top for _, top in labels.values()]) if labels else None
-    return Summary(len(result.labels), top_score, labels)
+    scores: list[float] = result.scores.tolist()
+    for label, score in zip(result.labels, scores, strict=True):
+        if label in labels:
+            count, top = labels[label]
+            labels[label] = (count + 1, top if top >= score else score)
+        else:
+            labels[label] = (1, score)
+    return Summary(len(scores), max(scores) if scores else None, labels)
 
 
 def agreement(expected: Result, found: Result, least: float = 0.0) -> float | None:
