@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from benchmarks.common import Figures, LeftOut
 PROGRAM = Path(sys.executable).parent / "imagemill"
 COMMANDS = {"detections": "annotate", "embedding": "embed", "image": "transform"}
 _START_S = 60
+_FOLLOWS_S = 4
 
 
 class Mill:
     """`imagemill up` in a home folder of its own, on one kind of device."""
 
     def __init__(self, home: Path, device: str = "cpu") -> None:
-        self._env = {**common.environment(), "IMAGEMILL_HOME": str(home)}
+        self._env = _environment(home)
         self._log = (home.parent / "imagemill.log").open("w")
         command = [str(PROGRAM), "up", "--device", device]
         self._up = subprocess.Popen(command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT)
@@ -61,11 +63,17 @@ class Mill:
         if runtime != "torch" and not self._has_runtimes:
             raise LeftOut("imagemill has no --runtime")
         chosen = {**options, "runtime": runtime} if self._has_runtimes else options
-        flags = [part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         started = time.perf_counter()
-        text = self.output(COMMANDS[kind], str(dataset), "--model", model, "--force", "--json", *flags)
+        text = self.output(COMMANDS[kind], str(dataset), "--model", model, "--force", "--json", *_flags(chosen))
         command_s = time.perf_counter() - started
-        status = json.loads(text)
+        return {**self._figures(json.loads(text)), "command_s": command_s}
+
+    def wait(self, followed: subprocess.Popen[bytes]) -> Figures:
+        """The figures of the newest job, once `followed`, an `imagemill watch`, has seen its end."""
+        followed.wait()
+        return self._figures(json.loads(self.output("status", "latest", "--json")))
+
+    def _figures(self, status: dict[str, Any]) -> Figures:
         if status["failures"] or status["results"] != status["planned"]:
             raise LeftOut(f"only {status['results']} of {status['planned']} items have a result")
         spent = json.loads(self.output("profile", str(status["id"]), "--json"))["seconds"]
@@ -79,7 +87,6 @@ class Mill:
             "device_ms": 1000 * device / max(1, status["results"]),
             "claim_s": status["started_at"] - status["created_at"],
             "whole_s": status["finished_at"] - status["created_at"],
-            "command_s": command_s,
         }
 
     def close(self) -> None:
@@ -99,3 +106,32 @@ class Mill:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def planned_before(home: Path, kind: str, dataset: Path | str, model: str, **options: Any) -> Figures:
+    """A job of a home of its own that is planned to its end before there is a worker: what the worker does alone.
+
+    Raises:
+        CalledProcessError: the job could not be made.
+    """
+    shutil.rmtree(home, ignore_errors=True)
+    command = [str(PROGRAM), COMMANDS[kind], str(dataset), "--model", model, "--detach", "--quiet", *_flags(options)]
+    subprocess.run(command, env=_environment(home), check=True, stdout=subprocess.DEVNULL)
+    # Who follows the job starts before it does: to start takes a core for two seconds.
+    follow = [str(PROGRAM), "watch", "latest", "--quiet"]
+    followed = subprocess.Popen(follow, env=_environment(home), stdout=subprocess.DEVNULL)
+    time.sleep(_FOLLOWS_S)
+    try:
+        with Mill(home) as mill:
+            return mill.wait(followed)
+    finally:
+        followed.kill()
+        followed.wait()
+
+
+def _environment(home: Path) -> dict[str, str]:
+    return {**common.environment(), "IMAGEMILL_HOME": str(home)}
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]

@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, table, workloads
 from benchmarks.common import Figures, Measure
-from benchmarks.mill import Mill
+from benchmarks.mill import Mill, planned_before
 from workers import tuning
 
 KINDS = (("torch", "fp32"), ("torch", "bf16"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 FP32 = tuple(kind for kind in KINDS if kind[1] == "fp32")
+_SHARDS = 320  # of items without pictures, at the most: small ones take long enough
 BENCH_PYTHON = common.ROOT / ".venv-bench" / "bin" / "python"
 
 
@@ -49,17 +50,19 @@ class Plan:
         names: workloads.
         kinds: (runtime, precision).
         shard_sizes: of imagemill's jobs without a network; the others are of the first size.
+        large_shards: also, of items without pictures.
     """
 
     rounds: int = 5
-    pictures: int = 320
-    peer_pictures: int = 160
-    tiny: int = 20_000
+    pictures: int = 256
+    peer_pictures: int = 128
+    tiny: int = 100_000
     waiting: int = 4096
     seconds: float = 6
     names: tuple[str, ...] = ("yolov8n", "dinov2", "stub")
     kinds: tuple[tuple[str, str], ...] = KINDS if common.has_bf16() else FP32
     shard_sizes: tuple[int, ...] = (64, 1024)
+    large_shards: int = 4096
 
     @property
     def precisions(self) -> list[str]:
@@ -96,7 +99,6 @@ def main() -> int:
         made.mkdir()
         common.child("workloads.py", str(made), "--pictures", str(plan.pictures))
         workloads.write_manifest(folder / "waiting.csv", made / "tiny.ppm", plan.waiting)
-        workloads.write_prompts(folder / "prompts.txt", plan.tiny)
         with Mill(folder / "home") as mill:
             wanted = [one for one in measures(made, mill, plan) if arguments.only in one.label or one.role == "decode"]
 
@@ -152,7 +154,6 @@ def _without_a_network(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     datasets = {
         "stub": (folder / "pictures", {"batch": workloads.BATCH}),
         "stub, 2 x 2 pictures": (folder.parent / "waiting.csv", {"batch": 256}),
-        "stub, no pictures": (f"prompts:{folder.parent / 'prompts.txt'}", {"batch": 256}),
         # 64 items in 100 ms, and meanwhile the processor is free, as beside a GPU.
         "stub, 100 ms a batch": (folder.parent / "waiting.csv", {"batch": 64, "param": "delay_ms=100"}),
     }
@@ -160,8 +161,21 @@ def _without_a_network(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
         for size in plan.shard_sizes:
             take = functools.partial(mill.job, "detections", dataset, "stub", shard_size=size, **options)
             found.append(Measure(name, "imagemill", f"shards of {size}", "", take))
+    for size in (*plan.shard_sizes, plan.large_shards):
+        for before in (False, True):
+            label = f"shards of {size}{', planned before' * before}"
+            take = functools.partial(_without_pictures, mill, folder.parent, plan.tiny, size, before=before)
+            found.append(Measure("stub, no pictures", "imagemill", label, "", take))
     one = functools.partial(mill.job, "detections", folder / "few", "stub", batch=workloads.BATCH)
     return [*found, Measure("stub, one batch", "imagemill", "", "", one)]
+
+
+def _without_pictures(mill: Mill, folder: Path, items: int, shard_size: int, *, before: bool) -> Figures:
+    """A job of items that were never seen, so that no row is replaced; planned meanwhile, or before it begins."""
+    items = min(items, _SHARDS * shard_size)
+    prompts = workloads.write_prompts(folder / f"prompts-{time.monotonic_ns()}.txt", items)
+    job = functools.partial(planned_before, folder / "alone") if before else mill.job
+    return job("detections", f"prompts:{prompts}", "stub", batch=256, shard_size=shard_size)
 
 
 def _warm_job(mill: Mill, kind: str, folder: Path, model: str, options: dict[str, Any]) -> Figures:

@@ -280,7 +280,7 @@ class _Planning:
 
     def _write(self, number: int, part: list[tuple[ImageRef, bool]]) -> NewShard:
         key = f"jobs/{self.job.id}/manifests/{number:07d}-{self.planner[:8]}.parquet"
-        write_manifest(self.store, key, [ManifestRow(r.key, r.uri, r.fingerprint, r.data) for r, _ in part])
+        write_manifest(self.store, key, [ManifestRow(*ref) for ref, _ in part])
         return NewShard(key, len(part), sum(replaces for _, replaces in part))
 
 

@@ -167,10 +167,11 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str]]:
 
 
 def _txt_rows(file: BinaryIO, names: Names) -> Iterator[Row]:
+    others = (None,) * (len(names) - 1)
     for number, text in _lines(file):
         value = text.strip()
         if value and not value.startswith("#"):
-            yield number, names, (value, *(None for _ in names[1:]))
+            yield number, names, (value, *others)
 
 
 def _jsonl_rows(file: BinaryIO, choose: Choose) -> Iterator[Row]:

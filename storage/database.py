@@ -7,6 +7,7 @@ the same numbers and no worker's clock matters.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import threading
 import time
@@ -30,8 +31,9 @@ _UPGRADE = "run: imagemill db upgrade"
 _IDLE_MS = 10_000  # in a transaction, ms; whoever is frozen in one holds locks that the others wait for
 _WAL_PAGES = 4000  # of 4 kB, before SQLite takes the log into its file: each time is two more waits for the disk
 # In one statement of SQLite, which takes 32,766 values. These sizes only: each connection keeps the statements that it
-# has run, and one of a thousand rows of eighteen columns is 2.6 MB. Any number takes ten of the smaller at most.
-_ROWS = tuple(1 << power for power in reversed(range(11)))
+# has run, and one of a thousand rows of eighteen columns is 2.6 MB.
+_ROWS = (1024, 512, 256, 128, 64, 16, 4, 1)
+_MANY = 64  # rows, of which it is worth while to look for what they have in common
 
 # SQLSTATEs after which the whole transaction may simply run again: serialization failure, deadlock, lock and statement
 # timeouts, a server that shuts down, starts up, fails over or has no connection left (postgresql.org, appendix A).
@@ -185,16 +187,26 @@ def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[
         # means to wait for each.
         start = 0
         for size in _ROWS:
-            statement = _sqlite_insert(table.name, names, len(columns), size)
             while len(rows) - start >= size:
-                tx.exec_driver_sql(statement, tuple(chain(*rows[start : start + size])))
+                by_column = list(zip(*rows[start : start + size], strict=True))
+                # Half of the columns say the same of a whole shard. To bind a value takes as long as to store it,
+                # None and bools four times as long (they go through sqlite3's adapters), so such are bound once.
+                alike = tuple(size >= _MANY and column.count(column[0]) == size for column in by_column)
+                once = [column[0] for column, is_alike in zip(by_column, alike, strict=True) if is_alike]
+                others = (column for column, is_alike in zip(by_column, alike, strict=True) if not is_alike)
+                tx.exec_driver_sql(_sqlite_insert(table.name, names, alike, size), tuple(chain(once, *others)))
                 start += size
 
 
-@lru_cache(maxsize=2 * len(_ROWS))
-def _sqlite_insert(table: str, names: str, columns: int, rows: int) -> str:
-    row = f"({', '.join('?' * columns)})"
-    return f'INSERT INTO "{table}" ({names}) VALUES {", ".join([row] * rows)}'  # noqa: S608
+@lru_cache(maxsize=8 * len(_ROWS))
+def _sqlite_insert(table: str, names: str, alike: tuple[bool, ...], rows: int) -> str:
+    """An insert of so many rows: binds what is alike in all of them once, then the other columns one after another."""
+    once, others = itertools.count(1), itertools.count()
+    firsts = [
+        (next(once), 0) if is_alike else (1 + sum(alike) + rows * next(others), 1) for is_alike in alike
+    ]  # of each column its first value's number, and how far it is to the next row's
+    each = (", ".join(f"?{first + row * step}" for first, step in firsts) for row in range(rows))
+    return f'INSERT INTO "{table}" ({names}) VALUES ({"), (".join(each)})'  # noqa: S608
 
 
 def _engine(url: str, patience_s: float) -> sa.Engine:

@@ -23,6 +23,7 @@ from storage.tables import MAX_SHARD_ITEMS, item, item_id, item_label, job, shar
 if TYPE_CHECKING:
     from storage.shardfile import Outcome
 
+_FEW = 5000  # images with a label, which are then looked up by their ids
 _IN_LIMIT = 5000  # values in one IN list; SQLite takes 32,766, Postgres 65,535
 
 _ITEM_COLUMNS = (
@@ -209,8 +210,8 @@ def _few_with(db: Database, recipe_id: int, label: str, min_score: float | None)
     columns = item_label.c
     where = [columns.recipe_id == recipe_id, columns.label == label]
     where += [] if min_score is None else [columns.top_score >= min_score]
-    rows = db.query(sa.select(columns.item_id).where(*where).limit(_IN_LIMIT + 1))
-    return None if len(rows) > _IN_LIMIT else [item_id for (item_id,) in rows]
+    rows = db.query(sa.select(columns.item_id).where(*where).limit(_FEW + 1))
+    return None if len(rows) > _FEW else [item_id for (item_id,) in rows]
 
 
 def _items(recipe_id: int | None, **wanted: Any) -> sa.Select[Any]:

@@ -22,7 +22,7 @@ from workers.loaded import Loaded
 from workers.models import Item, Prepared
 
 _counting = threading.Lock()
-_parse = json.JSONDecoder().scan_once  # of what the planner wrote, without blanks around it
+_parse = json.JSONDecoder().raw_decode  # of what the planner wrote, without blanks around it
 
 
 class Room:
@@ -118,7 +118,7 @@ class Run:
     def item(self, position: int) -> Item:
         """What the model is told of an item."""
         key, uri, fingerprint, data = self.rows[position]
-        return Item(key, uri, fingerprint, _parse(data, 0)[0] if data else {})
+        return Item(key, uri, fingerprint, _parse(data)[0] if data else {})
 
     def record(self, position: int, size: tuple[int, int] | None, answer: Any) -> None:
         """What came of an item: its result or its failure.

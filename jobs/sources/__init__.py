@@ -23,8 +23,8 @@ import pkgutil
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 from storage.errors import BadInput
 from storage.settings import Settings
@@ -50,8 +50,7 @@ _ESCAPED = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRef:
+class ImageRef(NamedTuple):
     """One image of a dataset, not its bytes; or with an empty uri an item that needs no image, such as a prompt.
 
     Attributes:

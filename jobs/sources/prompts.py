@@ -34,6 +34,7 @@ from storage.settings import Settings
 MOST = 1000  # images of a prompt
 
 _encode = json.JSONEncoder(sort_keys=True, allow_nan=False, ensure_ascii=False).encode
+_quoted = json.encoder.encode_basestring  # a text as _encode writes it
 
 _SCHEME = "prompts:"
 _WHAT = "prompt list"
@@ -73,6 +74,8 @@ def _listed(file: str, count: int, settings: Settings) -> Iterator[ImageRef]:
     empty = True
 
     def make(names: tabular.Names, values: tabular.Values) -> list[ImageRef]:
+        if len(values) == 1:
+            return _alone(values[0], next(numbers), count)
         given = {_known(str(name)): value for name, value in zip(names, values, strict=True) if not _is_missing(value)}
         return _items(given, next(numbers), count, resolver)
 
@@ -102,6 +105,18 @@ def _choose(names: tuple[str, ...], where: str) -> tuple[str, ...]:
 
 def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _alone(prompt: Any, number: int, count: int) -> list[ImageRef]:
+    """As `_items` makes them of a row that holds a prompt and nothing else, in half the time."""
+    prompt = _text("prompt", None if _is_missing(prompt) else prompt)
+    row = f"{number:07d}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+    found = []
+    for index in range(count):
+        data = f'{{"index": {index}, "prompt": {_quoted(prompt)}}}'
+        fingerprint = f"sha256:{hashlib.sha256(data.encode()).hexdigest()[:32]}"
+        found.append(ImageRef(row if count == 1 else f"{row}/{index}", "", fingerprint, data))
+    return found
 
 
 def _items(given: dict[str, Any], number: int, count: int, resolver: Resolver) -> list[ImageRef]:

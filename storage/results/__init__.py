@@ -2,7 +2,7 @@
 
 A kind's file defines
 
-    Result                    a frozen dataclass of arrays; an empty result is a value, never None
+    Result                    a dataclass of arrays, never changed; an empty result is a value, never None
     SCHEMA: pa.Schema         its columns in a shard's Parquet object
     columns(results)          list[Result | None] -> dict of arrow arrays, same length and order; None is a failed item
     results(table)            the inverse: pa.Table -> list[Result | None]

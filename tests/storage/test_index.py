@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,8 +224,33 @@ def zoo(db: Database) -> Database:
     ],
 )
 @pytest.mark.parametrize("page", [1, 1000])
-def test_find(zoo: Database, question: dict[str, Any], expected: list[str], page: int) -> None:
+@pytest.mark.parametrize("few", [0, 5000])
+def test_find(
+    zoo: Database,
+    question: dict[str, Any],
+    expected: list[str],
+    page: int,
+    few: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(index, "_FEW", few)
     assert keys(index.find(zoo, 1, page=page, **question)) == expected
+
+
+def test_a_rare_label_is_found_without_a_look_at_all_rows(tmp_path: Path) -> None:
+    plans: list[str] = []
+
+    def note(connection: Any, _cursor: Any, text: str, values: Any, *_: Any) -> None:
+        if text.startswith("SELECT item.id,"):
+            rows = connection.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {text}", values)
+            plans.extend(row[3] for row in rows)
+
+    with opened(f"sqlite:///{tmp_path / 'index.db'}") as db:
+        recorded(db, [*(detected(i, f"{i:05d}", cat=0.5) for i in range(2000)), detected(2000, "z", dog=0.5)])
+        sa.event.listen(db.engine, "before_cursor_execute", note)
+        assert keys(index.find(db, 1, label="dog")) == ["z"]
+    assert plans, "the plan of the search has been seen"
+    assert [plan for plan in plans if plan.startswith(("SEARCH item", "SCAN item")) and "(id=?)" not in plan] == []
 
 
 def test_counts(zoo: Database) -> None:

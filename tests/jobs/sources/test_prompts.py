@@ -12,9 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs import sources
-from jobs.sources import ImageRef
+from jobs.references import Resolver
+from jobs.sources import ImageRef, prompts
 from storage import objects
 from storage.errors import BadInput
 from storage.settings import Settings
@@ -75,6 +78,13 @@ def test_columns(tmp_path: Path, form: str) -> None:
         {"prompt": "a cat", "seed": 2**40, "style": "ink", "index": 0},
     ]
     assert found == listed(make(tmp_path / "b", "jsonl", ROWS))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), st.integers(1, 3))
+def test_a_row_of_a_prompt_alone_is_as_any_other(prompt: str, count: int) -> None:
+    """Nothing in the items may tell that such rows go a shorter way."""
+    resolver = Resolver("/prompts.csv", "prompt list", Settings())
+    assert prompts._alone(prompt, 12, count) == prompts._items({"prompt": prompt}, 12, count, resolver)
 
 
 def test_several_images_of_each(tmp_path: Path) -> None:
