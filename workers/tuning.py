@@ -3,6 +3,9 @@
 Every runtime and precision that runs here is measured on the job's own pictures, from what is usually fastest on, for
 as long as there is time; the fastest is then tried with other batches. A candidate is admitted only when its results
 agree with those of fp32 torch: `agreement` of the result kind, averaged over the pictures.
+
+A processor that others use too is half as fast one moment and twice the next. So there the fastest way so far is kept,
+and each other one is measured by turns with it: only how they compare within those moments counts.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import logging
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +35,7 @@ log = logging.getLogger("imagemill.worker")
 REFERENCE = ("torch", "fp32")
 PICTURES = 24  # of the job, on which candidates are measured
 AGREEMENT = 0.98  # mean over the pictures, from which a candidate is admitted
+_SAMPLE = 8  # pictures that are timed together: of fewer, the luckiest would be luckier
 _MEASURE_S = 0.7  # for each candidate at least, after its first batch
 _REFERENCE_S = 2.5  # in which fp32 torch must have done the pictures; fewer are taken of a slow model
 _FASTEST = 4  # times fp32 torch: what a way that was not measured yet may do
@@ -152,6 +157,14 @@ def candidates(spec: JobSpec, device: str) -> list[tuple[str, str]]:
     return sorted(found, key=lambda pair: (order.get(pair, len(order)), pair))
 
 
+@dataclass(frozen=True, slots=True)
+class _Rival:
+    """The fastest way so far, loaded."""
+
+    measured: Measured
+    model: Model
+
+
 class Tuning:
     """One tuning of one model: `refer`, then `run`.
 
@@ -172,6 +185,7 @@ class Tuning:
         self.seconds_each = 0.0  # of fp32 torch, for a picture
         self._pictures: list[Prepared] = []
         self._expected: list[Any] = []
+        self._rival: _Rival | None = None  # on a CPU only: a GPU is ours alone, and its memory may not hold two
 
     def refer(self, reference: Model, prepared: Sequence[Prepared]) -> None:
         """Compute what candidates are held against, by fp32 torch; sets `seconds_each`.
@@ -201,6 +215,16 @@ class Tuning:
 
     def run(self) -> Choice | None:
         """Measure what there is time for; the fastest that is admitted, or None when none is."""
+        try:
+            best = self._best()
+        finally:
+            self._keep(None)
+        if best is None:
+            return None
+        times = best.rate * self.seconds_each
+        return Choice(best.runtime, best.precision, best.batch, f"tuned: {times:.1f} times fp32 torch")
+
+    def _best(self) -> Measured | None:
         for runtime, precision in candidates(self._spec, self._device):
             if (runtime, precision) == REFERENCE:
                 self._found(Measured(*REFERENCE, self._usual.batch, 1 / self.seconds_each, 1.0))
@@ -210,21 +234,25 @@ class Tuning:
         if best is not None and not self._spec.batch:
             for batch in OTHER_BATCHES[self._device]:
                 self._try(Measured(best.runtime, best.precision, batch))
-        best = fastest(self.found)
-        if best is None:
-            return None
-        times = best.rate * self.seconds_each
-        return Choice(best.runtime, best.precision, best.batch, f"tuned: {times:.1f} times fp32 torch")
+        return fastest(self.found)
+
+    def _keep(self, rival: _Rival | None) -> None:
+        """Have another way for the fastest so far, or none."""
+        if self._rival is not None:
+            self._rival.model.close()
+        self._rival = rival
 
     def _try(self, candidate: Measured) -> None:
-        # As fast as the fastest so far, and without what it must build, which nobody knows.
-        rate = max((one.rate for one in self.found), default=0.0) or _FASTEST / self.seconds_each
-        least_s = self._count(candidate.batch) / rate
-        if time.monotonic() + least_s > self._until:
+        if time.monotonic() + self._least_s(candidate.batch) > self._until:
             measured = dataclasses.replace(candidate, refused="no time was left to measure it")
         else:
             measured = self._measured(candidate)
         self._found(measured)
+
+    def _least_s(self, batch: int) -> float:
+        """As fast as the fastest so far, and without what must be built, which nobody knows."""
+        rate = max((one.rate for one in self.found), default=0.0) or _FASTEST / self.seconds_each
+        return self._count(batch) / rate
 
     def _count(self, batch: int) -> int:
         """Pictures that are computed at least for a candidate: all, and two batches."""
@@ -241,32 +269,56 @@ class Tuning:
             loaded = self._load(spec)
         except ImagemillError as error:
             return dataclasses.replace(candidate, refused=one_line(str(error), 200))
-        try:
-            if loaded.runtime != candidate.runtime:
-                return dataclasses.replace(candidate, refused=f"it runs in {loaded.runtime} instead")
-            return self._timed(candidate, loaded.model)
-        finally:
+        if loaded.runtime != candidate.runtime:
             loaded.model.close()
+            return dataclasses.replace(candidate, refused=f"it runs in {loaded.runtime} instead")
+        model = loaded.model
+        try:
+            measured = self._timed(candidate, model)
+        except BaseException:
+            model.close()
+            raise
+        before = [self._rival.measured] if self._rival else []
+        if self._device == "cpu" and fastest([*before, measured]) is measured:
+            self._keep(_Rival(measured, model))
+        else:
+            model.close()
+        return measured
 
     def _timed(self, candidate: Measured, model: Model) -> Measured:
         """Run the pictures, and again until it was long enough; the first batch, which pays for more, is not timed."""
-        size, batch = BatchSize(candidate.batch), candidate.batch
-        pictures = list(self._pictures)
-        while len(pictures) < self._count(batch):
-            pictures += self._pictures
-        answers = batches.infer(model, pictures[:batch], size)
-        at, seconds = batch, list[float]()
-        while at < self._count(batch) or sum(seconds) < _MEASURE_S:
-            part = [pictures[(at + i) % len(pictures)] for i in range(batch)]
-            started = time.perf_counter()
-            answers += batches.infer(model, part, size)
-            seconds.append(time.perf_counter() - started)
-            at += batch
-        rate = batch / min(seconds)  # what else goes on in the machine only ever adds
+        size, batch, rival = BatchSize(candidate.batch), candidate.batch, self._rival
+        if rival is not None and time.monotonic() + 2 * self._least_s(batch) > self._until:
+            rival = None
+        answers = batches.infer(model, self._part(0, batch), size)
+        at, ours, theirs = batch, list[float](), list[float]()
+        while at < self._count(batch) or sum(ours) < _MEASURE_S:
+            more, seconds = self._sample(model, at, size)
+            ours.append(seconds / len(more))
+            if rival is not None:
+                same, seconds = self._sample(rival.model, at, BatchSize(rival.measured.batch))
+                theirs.append(seconds / len(same))
+            answers += more
+            at += len(more)
+        rate = 1 / min(ours)  # what else goes on in the machine only ever adds
+        if rival is not None:
+            rate = rival.measured.rate * statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
         agreement, refused = self._judged(answers[: len(self._pictures)])
         if size.safe < batch:
             refused = f"a batch of {batch} does not fit into the device's memory"
         return dataclasses.replace(candidate, agreement=agreement, refused=refused, rate=0.0 if refused else rate)
+
+    def _sample(self, model: Model, at: int, size: BatchSize) -> tuple[list[Any], float]:
+        """(answers, seconds) of some batches."""
+        answers: list[Any] = []
+        started = time.perf_counter()
+        for _ in range(max(1, _SAMPLE // size.asked)):
+            answers += batches.infer(model, self._part(at + len(answers), size.asked), size)
+        return answers, time.perf_counter() - started
+
+    def _part(self, at: int, count: int) -> list[Prepared]:
+        """So many of the pictures, from one on, and from the first again after the last."""
+        return [self._pictures[(at + i) % len(self._pictures)] for i in range(count)]
 
     def _judged(self, answers: Sequence[Any]) -> tuple[float | None, str]:
         """(agreement, why it is refused or "")."""

@@ -115,6 +115,26 @@ def test_where_nothing_is_found_less_precision_has_no_evidence() -> None:
     assert (best.runtime, best.precision) == ("openvino", "fp32")
 
 
+class Disturbed(Timed):
+    """On a machine that others slow down more and more."""
+
+    since: float | None = None
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Any]:
+        Disturbed.since = Disturbed.since or time.perf_counter()
+        time.sleep(20 * (time.perf_counter() - Disturbed.since) * self.each_s * len(batch))
+        return super().infer(batch)
+
+
+def test_what_slows_the_machine_meanwhile_favours_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Disturbed, "since", None)
+    ways = {("torch", "fp32"): Timed(0.02), ("onnx", "fp32"): Disturbed(0.001), ("openvino", "fp32"): Disturbed(0.0007)}
+    best, found = tuned(ways)
+    assert best.runtime == "openvino"
+    tried = [one.runtime for one in found if not one.refused]
+    assert tried[:2] == ["onnx", "openvino"], "the slower one has the quieter moment"
+
+
 class Cached(Timed):
     """Takes thrice as long for each picture once there are too many for the caches."""
 
