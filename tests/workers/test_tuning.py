@@ -35,6 +35,7 @@ class Timed:
 
     def __init__(self, each_s: float, moved: float = 0.0, raises: Exception | None = None, boxes: int = 2) -> None:
         self.each_s, self.moved, self.raises, self.boxes = each_s, moved, raises, boxes
+        self.loaded = 0
 
     def infer(self, batch: Sequence[Prepared]) -> list[Any]:
         time.sleep(self.each_s * len(batch))
@@ -49,7 +50,8 @@ class Timed:
         return detections.Result(boxes, np.full(n, 0.9, np.float32), np.zeros(n, np.int32), ("dog",) * n)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """One use of it less."""
+        self.loaded -= 1
 
 
 def tuned(ways: dict[tuple[str, str], Timed], spec: JobSpec = SPEC, budget_s: float = 60) -> tuple[Any, list[Measured]]:
@@ -59,11 +61,14 @@ def tuned(ways: dict[tuple[str, str], Timed], spec: JobSpec = SPEC, budget_s: fl
         way = ways.get((wanted.runtime, wanted.precision))
         if way is None:
             raise Misconfigured(f"the runtime {wanted.runtime} is not installed here")
+        way.loaded += 1
         return Loaded("key", way, BatchSize(wanted.batch), wanted.runtime, True)  # type: ignore[arg-type]
 
     work = Tuning(spec, "cpu", load, lambda measured: None, budget_s)
     work.refer(ways["torch", "fp32"], [Prepared("g", seed, 0) for seed in range(12)])  # type: ignore[arg-type]
-    return work.run(), work.found
+    best = work.run()
+    assert [way.loaded for way in ways.values()] == [0] * len(ways), "every model is closed, once"
+    return best, work.found
 
 
 @pytest.fixture(autouse=True)
