@@ -49,7 +49,9 @@ class Settings(BaseSettings):
     decode_memory_bytes: int = Field(3_000_000_000, ge=500_000_000, description="Address space of such a child.")
     decode_seconds: float = Field(30, gt=0, description="How long such a child may take for one picture.")
     decode_threads: int = Field(0, ge=0, description="Threads that fetch and decode; 0 chooses by the cores.")
-    buffer_bytes: int = Field(512_000_000, ge=1, description="Decoded and prepared images a worker may hold.")
+    buffer_bytes: int = Field(
+        1_000_000_000, ge=8, description="Pictures a worker may hold, encoded, decoded or prepared."
+    )
     encodings_bytes: int = Field(20_000_000_000, ge=0, description="Encoded images kept for mask jobs; 0 keeps none.")
     tune_seconds: float = Field(13, ge=0, description="How long a worker may measure a model at a long job; 0 never.")
     log_level: str = Field("warning", description="debug, info, warning or error.")

@@ -10,7 +10,6 @@ most, each of another incarnation. (Hadoop's SkipBadRecords narrows down in the 
 from __future__ import annotations
 
 import itertools
-import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,11 @@ from jobs import leases
 from storage import shardfile
 from storage.errors import Conflict, ItemFailed, Unavailable
 from workers import batches, faults
+from workers.inhand import Arrivals
 from workers.models import Prepared
 
 if TYPE_CHECKING:
-    from workers.inhand import Arrivals, Ready, Run
+    from workers.inhand import Ready, Run
     from workers.stream import Stream
 
 _MICRO_BATCH = 16
@@ -79,7 +79,7 @@ def work(stream: Stream, run: Run, must_stop: Callable[[], bool]) -> bool:
 
 def _touch(stream: Stream, run: Run, positions: Sequence[int], must_stop: Callable[[], bool]) -> None:
     """Fetch, decode, prepare and infer a few items, and nothing else meanwhile."""
-    arrived: Arrivals = queue.SimpleQueue()
+    arrived = Arrivals()
     for position in positions:
         stream.fetch_and_prepare(run, [position], arrived)
     ready = [item for _ in positions for item in arrived.get() or ()]

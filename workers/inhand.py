@@ -8,11 +8,11 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from jobs.leases import Claim
 from storage import shardfile
@@ -140,9 +140,63 @@ class Ready:
     position: int
     size: tuple[int, int] | None  # width, height of the upright original
     answer: Prepared | ItemFailed
+    nbytes: int = 0  # that it takes of the room of Arrivals
 
 
-Arrivals: TypeAlias = "queue.SimpleQueue[list[Ready] | None]"  # None only wakes whoever waits
+class Arrivals:
+    """The way from the decoders to the device, with room for so many bytes of prepared pictures.
+
+    Who puts has to take room before; who gets gives it back once the pictures are computed, or will not be.
+
+    Args:
+        nbytes: None for any number, where one thread hands out items, waits for all of them, and computes them.
+    """
+
+    def __init__(self, nbytes: int | None = None) -> None:
+        self._queue: queue.SimpleQueue[list[Ready] | None] = queue.SimpleQueue()
+        self._room = None if nbytes is None else Room(nbytes)
+        self._waiting = 0
+
+    def put(self, items: list[Ready] | None) -> None:
+        """Pass items on together; None only wakes whoever waits."""
+        self._queue.put(items)
+
+    def get(self, timeout_s: float | None = None) -> list[Ready] | None:
+        """What was put first. Raises queue.Empty when nothing comes for so long."""
+        return self._queue.get(timeout=timeout_s)
+
+    @property
+    def empty(self) -> bool:
+        return self._queue.empty()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody waits for room."""
+        return self._waiting > 0
+
+    def take(self, nbytes: int) -> bool:
+        """Take room if there is some now."""
+        return self._room is None or self._room.take(nbytes, 0)
+
+    def wait(self, run: Run, nbytes: int) -> bool:
+        """Take room once there is some; False when the run is dropped before."""
+        assert self._room is not None, "there is always room"
+        with _counting:
+            self._waiting += 1
+        try:
+            while not run.dropped:
+                if self._room.take(nbytes, 0.1):
+                    return True
+            return False
+        finally:
+            with _counting:
+                self._waiting -= 1
+
+    def give(self, items: Iterable[Ready]) -> None:
+        """Give back what items took."""
+        nbytes = sum(item.nbytes for item in items)
+        if nbytes and self._room is not None:
+            self._room.give(nbytes)
 
 
 def attempt_prefix(claim: Claim) -> str:

@@ -8,8 +8,8 @@ Five kinds of threads, one direction:
     putters     put files that items became (workers/blobs.py)
     writers     put a finished shard's object and commit it
 
-The room is counted in bytes of pictures, encoded and decoded, and in items under way, so that a slow device stops the
-feeding. Here is what threads do with one item and at the end of a shard; ticket.py drives them.
+The room is counted in bytes of pictures, encoded, decoded and prepared, and in items under way, so that a slow device
+stops the feeding. Here is what threads do with one item and at the end of a shard; ticket.py drives them.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ class Stream:
         self._fetchers = ThreadPoolExecutor(max(8, threads), thread_name_prefix="fetch")
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._writers = ThreadPoolExecutor(2, thread_name_prefix="write")
-        # Two budgets: a decoder that holds encoded bytes waits for decoded room only, which decoders alone hold and
-        # always give back, so nobody waits in a circle.
-        self._encoded, self._decoded = Room(settings.buffer_bytes // 4), Room(settings.buffer_bytes // 2)
-        self.blobs = Blobs(store, settings.buffer_bytes // 4)
+        # Budgets: a decoder that holds encoded bytes waits for decoded room only, which decoders alone hold and always
+        # give back, and for room for what it has prepared, which the device gives back; so nobody waits in a circle.
+        eighth = settings.buffer_bytes // 8
+        self._encoded, self._decoded = Room(eighth), Room(3 * eighth)
+        self.prepared_bytes = 3 * eighth  # between decoders and device, of each ticket
+        self.blobs = Blobs(store, eighth)
         self._pictures = _pictures(settings, threads)
         self._failed_fetches = 0
         self.readable = ""  # the URI of an image that could be read, to tell an outage from broken objects
@@ -227,7 +229,18 @@ class Stream:
             before = time.perf_counter()
             self.computing.wait()
             waited_s += time.perf_counter() - before
-            done.append(self._prepared_one(run, position, data))
+            item = self._prepared_one(run, position, data)
+            nbytes = item.answer.nbytes if isinstance(item.answer, Prepared) else 0
+            if nbytes and not ready.take(nbytes):
+                if done:
+                    ready.put(done)  # they may be what has to be computed for there to be room
+                done = []
+                before = time.perf_counter()
+                if not ready.wait(run, nbytes):
+                    item, nbytes = Ready(run, position, item.size, _DROPPED), 0
+                waited_s += time.perf_counter() - before
+            item.nbytes = nbytes
+            done.append(item)
         run.portion.took(len(fetched), fetch_s + time.perf_counter() - started - waited_s)
         self._encoded.give(sum(len(data) for _, data in fetched))
         ready.put(done)

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _PATIENCE_S = 0.2  # an unfilled batch waits so long for pictures that are being decoded
 _AFFINITY_SHARDS = 16  # of one model in a row, before other jobs are looked at without preference
+_SAMPLE = 8  # pictures that are made ready together to measure a model on
 _LOOK_S = 0.02  # between two looks at orders
 _CLAIM_S = 0.25  # a claim takes less; where all that is under way is done sooner, the next one is asked for early
 
@@ -49,7 +50,7 @@ class Ticket:
         # What is in hand may take longer, but not until Celery's time limit, which would look like a crash: a shard
         # of slow pictures is then given back with what is done of it, and gone on with under the next ticket.
         self.until_in_hand = self.until + stream.settings.stall_seconds / 2
-        self.ready: Arrivals = queue.SimpleQueue()
+        self.ready = Arrivals(stream.prepared_bytes)
         self.kept: queue.SimpleQueue[tuple[Ready, Kept]] = queue.SimpleQueue()
         self._keeping = 0  # files under way to the store
         self.buckets: Buckets[Ready] = Buckets()
@@ -91,14 +92,16 @@ class Ticket:
     def _loop(self) -> None:
         waited_since: float | None = None
         while not (
-            self._fed_all.is_set() and self._underway == self._keeping == 0 and not self.buckets and self.ready.empty()
+            self._fed_all.is_set() and self._underway == self._keeping == 0 and not self.buckets and self.ready.empty
         ):
             self.me.work.busy = bool(self.runs) or not self._fed_all.is_set()
             try:
-                arrived = self.ready.get(timeout=0.02)
+                arrived = self.ready.get(timeout_s=0.02)
             except queue.Empty:
                 waited_since = waited_since or time.monotonic()
-                if self.buckets and (self._underway == 0 or time.monotonic() - waited_since > _PATIENCE_S):
+                # What waits for room to be passed on cannot fill a batch.
+                in_vain = self._underway == 0 or self.ready.crowded
+                if self.buckets and (in_vain or time.monotonic() - waited_since > _PATIENCE_S):
                     self._infer(self.buckets.flush() or [])
                     waited_since = None
                 if not self.runs:
@@ -205,15 +208,23 @@ class Ticket:
         return spec or tuning.plain(claim.spec, self.stream.device)
 
     def _sample(self, claim: Claim, loaded: Loaded, count: int) -> list[Prepared]:
-        """Some pictures of a shard, prepared, in order; those that fail are left out. In the device's thread, alone."""
+        """Some pictures of a shard, prepared, in order; those that fail are left out. In the device's thread, alone.
+
+        Fewer of large ones.
+        """
         rows = shardfile.read_manifest(self.stream.store, claim.manifest_key)[:count]
         run = Run(claim, loaded, rows, "")
-        arrived: Arrivals = queue.SimpleQueue()
-        for position in range(len(rows)):
-            self.stream.fetch_and_prepare(run, [position], arrived)
-        ready = [item for _ in rows for item in arrived.get() or ()]
-        ready.sort(key=lambda item: item.position)
-        return [item.answer for item in ready if isinstance(item.answer, Prepared)]
+        found: list[Prepared] = []
+        for start in range(0, len(rows), _SAMPLE):
+            positions = range(start, min(start + _SAMPLE, len(rows)))
+            arrived = Arrivals()
+            for position in positions:
+                self.stream.fetch_and_prepare(run, [position], arrived)
+            ready = sorted((item for _ in positions for item in arrived.get() or ()), key=lambda item: item.position)
+            found += [item.answer for item in ready if isinstance(item.answer, Prepared)]
+            if sum(one.nbytes for one in found) > self.stream.prepared_bytes / 2:
+                break
+        return found
 
     def _take_over(self, run: Run) -> None:
         """Keep what an earlier attempt had done before it gave the shard back. Raises Unavailable for its files."""
@@ -316,6 +327,7 @@ class Ticket:
                 self._complete_if(item.run)
             elif item.run.dropped:
                 self._slots.give(1)
+                self.ready.give([item])
             elif isinstance(item.answer, ItemFailed):
                 failed.append(item)
             else:
@@ -327,6 +339,12 @@ class Ticket:
             self._deliver(failed, [item.answer for item in failed])
 
     def _infer(self, batch: list[Ready]) -> None:
+        try:
+            self._infer_wanted(batch)
+        finally:
+            self.ready.give(batch)
+
+    def _infer_wanted(self, batch: list[Ready]) -> None:
         wanted = [item for item in batch if not item.run.dropped] if self.me.may_write() else []
         self._slots.give(len(batch) - len(wanted))
         if not wanted:

@@ -1,0 +1,108 @@
+"""The stream in one process: pictures that wait for the device take bounded memory, whatever their shapes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import lifecycle, plan, progress
+from storage.database import Database
+from storage.objects import open_store
+from storage.settings import Settings
+from tests.support import opened
+from workers import submit
+from workers.incarnation import Incarnation
+from workers.models import Prepared, stub
+from workers.stream import Stream
+
+SIDE = 400
+PICTURE_BYTES = SIDE * SIDE // 2 * 3
+
+
+class Held:
+    """How many bytes the stub's prepared pictures take between `prepare` and the end of `infer`, and their most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.batches: list[int] = []
+        self._lock = threading.Lock()
+
+    def change(self, nbytes: int) -> None:
+        with self._lock:
+            self.now += nbytes
+            self.most = max(self.most, self.now)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    held = Held()
+    prepare, infer = stub.Stub.prepare, stub.Stub.infer
+
+    def prepared(self: stub.Stub, *given: Any) -> Prepared:
+        made = prepare(self, *given)
+        held.change(made.nbytes)
+        return made
+
+    def inferred(self: stub.Stub, batch: Sequence[Prepared]) -> list[Any]:
+        held.batches.append(len(batch))
+        answers = infer(self, batch)
+        held.change(-sum(one.nbytes for one in batch))
+        return answers
+
+    monkeypatch.setattr(stub.Stub, "prepare", prepared)
+    monkeypatch.setattr(stub.Stub, "infer", inferred)
+    return held
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    with opened(f"sqlite:///{tmp_path / 'index.db'}") as database:
+        yield database
+
+
+def pictures(folder: Path, count: int) -> str:
+    """Wide and tall ones by turns, which are of two batches."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        shape = (SIDE, SIDE // 2, 3) if i % 2 else (SIDE // 2, SIDE, 3)
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / f"{i:03d}.jpg")
+    return str(folder)
+
+
+def run(db: Database, tmp_path: Path, count: int, **limits: Any) -> progress.Status:
+    settings = Settings(home=tmp_path / "home", **limits)
+    store = open_store((tmp_path / "store").as_uri(), settings)
+    spec = submit.resolve(
+        db, store, settings, dataset=pictures(tmp_path / "pictures", count), kind="detections", model="stub",
+        params={"delay_ms": 5.0}, device="cpu", batch=8, shard_size=20,
+    )  # fmt: skip
+    job, _ = lifecycle.submit(db, spec)
+    plan.plan(db, store, settings, job)
+    me = Incarnation(db, settings, "cpu", spec.queue, lambda: False)
+    me.start()
+    stream = Stream(db, store, settings, me, "cpu")
+    try:
+        stream.run(spec.queue)
+    finally:
+        me.stop()
+        stream.close()
+    return progress.status(db, job.id)
+
+
+@pytest.mark.parametrize("pictures_held", [0.5, 1, 3, 100])
+def test_prepared_pictures_take_bounded_memory(db: Database, tmp_path: Path, held: Held, pictures_held: float) -> None:
+    room = int(pictures_held * PICTURE_BYTES)
+    done = run(db, tmp_path, 60, buffer_bytes=room * 8 // 3 + 8, decode_threads=2)
+    assert (done.state, done.results) == ("done", 60)
+    assert held.now == 0
+    # Beside what is in the room, each decoder holds one more while it waits.
+    assert held.most <= max(room, PICTURE_BYTES) + 2 * PICTURE_BYTES
+    if pictures_held == 100:
+        assert max(held.batches) == 8, "with room enough batches are full"
