@@ -194,7 +194,12 @@ def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[
                 alike = tuple(size >= _MANY and column.count(column[0]) == size for column in by_column)
                 once = [column[0] for column, is_alike in zip(by_column, alike, strict=True) if is_alike]
                 others = (column for column, is_alike in zip(by_column, alike, strict=True) if not is_alike)
-                tx.exec_driver_sql(_sqlite_insert(table.name, names, alike, size), tuple(chain(once, *others)))
+                try:
+                    tx.exec_driver_sql(_sqlite_insert(table.name, names, alike, size), tuple(chain(once, *others)))
+                except DBAPIError as error:
+                    # As it stands in messages: a hundred thousand letters of question marks would explain nothing.
+                    error.statement, error.params = f'INSERT INTO "{table.name}" ({names})', None
+                    raise
                 start += size
 
 
