@@ -60,7 +60,7 @@ def forward(arguments: argparse.Namespace) -> Callable[[], int]:
     from workers import tuning
 
     model, sessions = _load(arguments)
-    batch = tuning.usual_batch(arguments.runtime, "cpu")
+    batch = tuning.USUAL_BATCH["cpu"]
     model.infer([model.prepare(one, _item()) for one in _pixels(arguments)[:batch]])
     session = sessions[0]
 

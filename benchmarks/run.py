@@ -138,7 +138,7 @@ def _with_a_network(workload: str, folder: Path, mill: Mill, plan: Plan) -> list
     for runtime, precision in plan.kinds if weights else ():
         how = ("--runtime", runtime, "--precision", precision)
         forward = _child("parts.py", "forward", folder, *brief, *how)
-        batch = tuning.usual_batch(runtime, "cpu")
+        batch = tuning.USUAL_BATCH["cpu"]
         options = {"precision": precision, "batch": batch, "shard_size": plan.shard_sizes[0]}
         job = functools.partial(_warm_job, mill, kind, folder, str(folder / weights), {"runtime": runtime, **options})
         found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, forward))

@@ -81,7 +81,7 @@ def _exhaustive(
     found: dict[tuple[str, str, int], list[float]] = {}
     for _ in range(arguments.rounds):
         for runtime, precision in ways:
-            for batch in (tuning.usual_batch(runtime, "cpu"), *tuning.OTHER_BATCHES["cpu"]):
+            for batch in (tuning.USUAL_BATCH["cpu"], *tuning.OTHER_BATCHES["cpu"]):
                 model = models.apart(tuning.chosen(spec, Choice(runtime, precision, batch))).model
                 size = batches.BatchSize(batch)
                 infer = lambda model=model, size=size, batch=batch: batches.infer(model, pictures[:batch], size)  # noqa: E731

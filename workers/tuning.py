@@ -38,10 +38,7 @@ _SAMPLE = 8  # pictures that are timed together: of fewer, the luckiest would be
 _MEASURE_S = 0.7  # for each candidate at least, after its first batch
 _REFERENCE_S = 2.5  # in which fp32 torch must have done the pictures; fewer are taken of a slow model
 _FASTEST = 4  # times fp32 torch: what a way that was not measured yet may do
-_BATCH = {"cpu": 8, "cuda": 32}
-# What is computed of a few pictures stays in a CPU's caches: in ONNX Runtime DINOv2 small does a sixth more of them by
-# two than by eight, YOLOv8 n a tenth more. PyTorch and OpenVINO gain nothing by that.
-_SMALL_BATCH = {("onnx", "cpu"): 2}
+USUAL_BATCH = {"cpu": 8, "cuda": 32}  # pictures in one forward pass where nobody says and nothing is measured
 OTHER_BATCHES = {"cpu": (4, 16), "cuda": (64, 128)}  # that the fastest way is tried with, too
 
 # What is usually fastest first, so that little time goes a long way; what is not named comes last.
@@ -84,13 +81,8 @@ def plain(spec: JobSpec, device: str) -> JobSpec:
         able = [n for n in ("torch", *runtimes.names()) if spec.precision in (AUTO, *runtimes.precisions(n, device))]
         runtime = able[0]
     precision = spec.precision if spec.precision != AUTO else runtimes.usual_precision(runtime, device)
-    batch = spec.batch or usual_batch(runtime, device)
+    batch = spec.batch or USUAL_BATCH[device]
     return dataclasses.replace(spec, runtime=runtime, precision=precision, batch=batch)
-
-
-def usual_batch(runtime: str, device: str) -> int:
-    """Pictures in one forward pass where nobody says and nothing is measured."""
-    return _SMALL_BATCH.get((runtime, device), _BATCH[device])
 
 
 def reference(usual: JobSpec) -> JobSpec:
@@ -228,7 +220,7 @@ class Tuning:
             if (runtime, precision) == REFERENCE:
                 self._found(Measured(*REFERENCE, self._usual.batch, 1 / self.seconds_each, 1.0))
                 continue
-            self._try(Measured(runtime, precision, self._spec.batch or usual_batch(runtime, self._device)))
+            self._try(Measured(runtime, precision, self._usual.batch))
         best = fastest(self.found)
         if best is not None and not self._spec.batch:
             for batch in OTHER_BATCHES[self._device]:

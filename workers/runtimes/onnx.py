@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import Misconfigured, one_line
-from workers import onnxcuda, onnxgraph
+from workers import lanes, onnxcuda, onnxgraph
 from workers.runtimes import Files, Network, NotRunnable, Session
 
 RUNS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
@@ -35,7 +35,8 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
     path = onnxgraph.exported(network, files, precision)
     if device.startswith("cuda"):
         return _on_cuda(path, device)
-    return onnxgraph.opened(path, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return lanes.opened(network, threads, lambda calls: onnxgraph.opened(path, threads // calls))
 
 
 def _on_cuda(path: Path, device: str) -> Session:

@@ -8,10 +8,11 @@ anywhere: of OpenVINO only the runtime is used, and only its converter reports o
 from __future__ import annotations
 
 import importlib.util
+import threading
 from typing import Any
 
 from storage.errors import BadInput, one_line
-from workers import onnxgraph
+from workers import lanes, onnxgraph
 from workers.runtimes import Files, Network, NotRunnable, Session
 
 RUNS = {"cpu": ("fp32", "bf16")}
@@ -39,24 +40,38 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise BadInput("this CPU has no instructions for bf16; take --precision fp32")
     path = onnxgraph.exported(network, files)
-    wanted = {
-        "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "PERFORMANCE_HINT": "LATENCY",  # one batch at a time with all threads; THROUGHPUT would split them
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
     try:
-        compiled = core.compile_model(core.read_model(path), "CPU", wanted)
+        model = core.read_model(path)
+        return lanes.opened(
+            network, torch.get_num_threads(), lambda calls: _compiled(core, model, network, precision, calls)
+        )
     except RuntimeError as error:
         raise NotRunnable(f"OpenVINO cannot run the network {network.name}: {one_line(str(error), 400)}") from error
-    request = compiled.create_infer_request()
+
+
+def _compiled(core: Any, model: Any, network: Network, precision: str, calls: int) -> Session:
+    """The model for so many calls at once, which share all threads."""
+    import openvino
+    import torch
+
+    wanted = {
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "PERFORMANCE_HINT": "LATENCY" if calls == 1 else "THROUGHPUT",
+        "NUM_STREAMS": calls,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = core.compile_model(model, "CPU", wanted)
     # A port may have several names, any of which OpenVINO gives: it is asked by the one that we gave.
     inputs = {name: compiled.input(name).get_element_type().to_dtype() for name in network.example}
     outputs = [(name, compiled.output(name)) for name in network.outputs]
+    mine = threading.local()
 
     def session(**tensors: Any) -> dict[str, Any]:
+        if not hasattr(mine, "request"):
+            mine.request = compiled.create_infer_request()
         arrays = {name: tensors[name].contiguous().numpy().astype(kind, copy=False) for name, kind in inputs.items()}
-        request.infer({name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()})
+        mine.request.infer({name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()})
         # Copies: the next call writes into the same memory.
-        return {name: onnxgraph.plain(request.get_tensor(port).data.copy()) for name, port in outputs}
+        return {name: onnxgraph.plain(mine.request.get_tensor(port).data.copy()) for name, port in outputs}
 
     return session
