@@ -8,6 +8,7 @@ ViT-S/14 at 224 in ONNX Runtime 8.1 and 9.5, in OpenVINO 7.8 and 8.5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,7 +25,7 @@ def opened(network: Network, threads: int, open_for: Callable[[int], Session]) -
         threads: of all lanes together.
         open_for: so many calls at once that share all threads -> a session that may be called from as many threads.
     """
-    lanes = min(threads, _MOST)
+    lanes = threads // math.ceil(threads / _MOST)
     return _Lanes(lanes, open_for) if lanes > 1 and _is_batched(network) else open_for(1)
 
 

@@ -45,7 +45,7 @@ def session(opened: Opened, threads: int, axes: dict[str, dict[int, str]] = BATC
     return lanes.opened(Network("n", torch.nn.Identity, example, ("output",), axes), threads, opened)
 
 
-@pytest.mark.parametrize(("threads", "at_once"), [(2, 2), (3, 3), (64, 8)])
+@pytest.mark.parametrize(("threads", "at_once"), [(2, 2), (3, 3), (12, 6), (64, 8)])
 def test_pictures_are_computed_apart_and_come_back_in_order(threads: int, at_once: int) -> None:
     opened = Opened()
     images = torch.arange(40.0).reshape(40, 1, 1, 1).expand(40, 3, 2, 2)
