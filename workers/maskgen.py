@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from storage import rle
 from workers import masks
+from workers.nms import nms
 
 _EDGE = 20  # pixels; a mask that ends so near to the edge of a crop is cut off (is_box_near_crop_edge, atol)
 
@@ -203,7 +204,6 @@ def without_doubles(found: Sequence[Candidate], size: tuple[int, int], params: P
 def _suppressed(found: Sequence[Candidate], scores: Sequence[float], threshold: float) -> list[Candidate]:
     """Those that no better one overlaps by more than the threshold, best first."""
     import torch
-    from torchvision.ops import nms
 
     if not found:
         return []

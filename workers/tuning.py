@@ -282,10 +282,11 @@ class Tuning:
         if rival is not None and time.monotonic() + 2 * self._least_s(batch) > self._until:
             rival = None
         answers = batches.infer(model, self._part(0, batch), size)
-        at, ours, theirs = batch, list[float](), list[float]()
-        while at < self._count(batch) or sum(ours) < _MEASURE_S:
+        at, ours, theirs, took_s = batch, list[float](), list[float](), 0.0
+        while at < self._count(batch) or took_s < _MEASURE_S:
             more, seconds = self._sample(model, at, size)
             ours.append(seconds / len(more))
+            took_s += seconds
             if rival is not None:
                 same, seconds = self._sample(rival.model, at, BatchSize(rival.measured.batch))
                 theirs.append(seconds / len(same))

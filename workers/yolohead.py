@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from storage.errors import BadInput
 from workers.models import Image, Prepared, nearest
+from workers.nms import nms
 
 _STRIDE = 32  # pixels; the coarsest feature map of all but the p6 models, and ultralytics' least padding unit
 _PAD_GREY = 114  # ultralytics LetterBox, padding_value
@@ -173,8 +174,6 @@ def _suppressed(rows: Any, params: Params) -> Any:
     """The rows of one picture that stay, best first."""
     if not params.nms:
         return rows[: params.max_det]  # the head gave them best first
-    from torchvision.ops import nms
-
     if len(rows) > _MAX_NMS:
         rows = rows[rows[:, 4].argsort(descending=True)[:_MAX_NMS]]
     offset = 0.0 if params.agnostic_nms else _CLASS_OFFSET
