@@ -164,6 +164,24 @@ def test_the_fastest_batch_is_taken() -> None:
     assert (best.runtime, best.batch) == ("openvino", 16)
 
 
+class Counting(Timed):
+    """Counts the pictures it computes."""
+
+    pictures = 0
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Any]:
+        Counting.pictures += len(batch)
+        return super().infer(batch)
+
+
+def test_no_longer_is_measured_than_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch to warm up and one to time, when that one alone takes long enough."""
+    monkeypatch.setattr(Counting, "pictures", 0)
+    ways = {("torch", "fp32"): Timed(0.004), ("onnx", "fp32"): Counting(2 * tuning._MEASURE_S / 8)}
+    tuned(ways, dataclasses.replace(SPEC, runtime="onnx", batch=8))
+    assert Counting.pictures == 16
+
+
 def test_what_the_user_gave_is_kept() -> None:
     ways = {("torch", "fp32"): Timed(0.004), ("torch", "bf16"): Timed(0.003), ("openvino", "fp32"): Timed(0.0005)}
     best, found = tuned(ways, dataclasses.replace(SPEC, runtime="torch"))
