@@ -26,7 +26,7 @@ from tests.invariants import rows
 from tests.workers.models.test_conformance import SMALL, WEIGHTS
 from workers import images
 
-COUNT = 6
+COUNT = 4
 Stack = dict[str, str]
 
 
@@ -153,7 +153,7 @@ def encodes(stack: Stack) -> int:
     return sum(int(line.split()[2]) for line in path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(COUNT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_several_mask_jobs_encode_each_image_once(laptop: Stack, tmp_path: Path, count: int) -> None:
     """Boxes of every label, then of one label, then points from a file: one encoding an image for all three."""
     source = photos(tmp_path / "photos", count)

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs import sources
+from jobs import queue, sources
+from storage.settings import Settings
 from tests import flow, invariants
 from tests.flow import check_all, database_url, run
 from tests.services import SCRIPTS, Postgres, SeaweedFS, Valkey, wait_until
@@ -205,6 +206,24 @@ def stopped_at(folder: Path, point: str, number: int = 0, timeout_s: float = 60)
 def sql(stack: Stack, statement: str, **values: Any) -> list[Any]:
     """The rows of a SELECT on the stack's database."""
     return invariants.rows(database_url(stack), statement, **values)
+
+
+@contextlib.contextmanager
+def told(stack: Stack) -> Iterator[None]:
+    """When what is done within fails, print how things stand: a log alone does not tell why nobody did anything."""
+    try:
+        yield
+    except BaseException:
+        for query in (
+            "SELECT id, state, fence, worker_id, crashes, not_before, extract(epoch FROM now()) FROM shard LIMIT 9",
+            "SELECT id, state, desired, pid, heartbeat_at FROM worker",
+            "SELECT * FROM event ORDER BY id",
+            "SELECT pid, state, wait_event, query, xact_start FROM pg_stat_activity WHERE datname = current_database()",
+        ):
+            print(f"\n{query}", *sql(stack, query), sep="\n  ")
+        with queue.client(Settings(broker_url=stack["IMAGEMILL_BROKER_URL"])) as redis:
+            print("\nbroker", *[(key, redis.type(key)) for key in redis.scan_iter()], sep="\n  ")
+        raise
 
 
 def one(stack: Stack, statement: str, **values: Any) -> Any:
