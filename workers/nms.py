@@ -1,7 +1,8 @@
 """Non-maximum suppression: drops the boxes that a better one overlaps too much.
 
-torchvision does it, but importing torchvision takes three seconds, in which a new worker's device would wait for its
-first boxes. A picture usually has a few dozen, which are held against each other here, as torchvision does on the CPU.
+torchvision does it, but importing torchvision takes seconds (three on two cores), in which a new worker's device
+would wait for its first boxes. A picture usually has a few dozen, which are held against each other here, as
+torchvision does on the CPU.
 """
 
 from __future__ import annotations
