@@ -140,7 +140,7 @@ def worker(stack: Stack, log: Path, command: str = "worker") -> Iterator[subproc
     try:
         yield process
     except BaseException:
-        print(log.read_text(errors="replace")[-6000:])
+        print(log.read_text(errors="replace")[-20_000:])
         raise
     finally:
         kill_family(process)
@@ -209,8 +209,11 @@ def sql(stack: Stack, statement: str, **values: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def told(stack: Stack) -> Iterator[None]:
-    """When what is done within fails, print how things stand: a log alone does not tell why nobody did anything."""
+def told(stack: Stack, parents: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """When what is done within fails, print how things stand: a log alone does not tell why nobody did anything.
+
+    Processes with a change injected write into their logs where each of their threads is.
+    """
     try:
         yield
     except BaseException:
@@ -223,6 +226,10 @@ def told(stack: Stack) -> Iterator[None]:
             print(f"\n{query}", *sql(stack, query), sep="\n  ")
         with queue.client(Settings(broker_url=stack["IMAGEMILL_BROKER_URL"])) as redis:
             print("\nbroker", *[(key, redis.type(key)) for key in redis.scan_iter()], sep="\n  ")
+        if "INJECT" in stack:
+            for process in {member.pid for parent in parents for member in family(parent.pid)} - set(stopped(parents)):
+                os.kill(process, signal.SIGUSR1)
+            time.sleep(1)
         raise
 
 

@@ -40,7 +40,7 @@ def two_owners(stack: Stack, folder: Path) -> None:
     folder.mkdir()
     crashing = support.crashing(stack, folder / "marks", "before-commit:2:STOP")
     logs = folder / "a.log", folder / "b.log"
-    with support.worker(crashing, logs[0]) as a, support.worker(crashing, logs[1]) as b, support.told(stack):
+    with support.worker(crashing, logs[0]) as a, support.worker(crashing, logs[1]) as b, support.told(stack, [a, b]):
         support.stopped_at(folder / "marks", "before-commit", 0)
         (first,) = support.wait_stopped([a, b])
         support.stopped_at(folder / "marks", "before-commit", 1)

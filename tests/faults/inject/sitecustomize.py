@@ -6,9 +6,11 @@ INJECT names the changes, with commas between. So the product holds no switch th
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import importlib.abc
 import importlib.util
 import os
+import signal
 import sys
 import time
 import uuid
@@ -168,4 +170,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 if os.environ.get("INJECT"):
+    faulthandler.register(signal.SIGUSR1)  # a test may ask where each thread is
     sys.meta_path.insert(0, _Finder([_CHANGES[name] for name in os.environ["INJECT"].split(",")]))
