@@ -399,12 +399,18 @@ def expire_dead_processes(db: Database) -> list[str]:
     return db.transact(work) if dead else []
 
 
-def expire_shards(db: Database, limit: int = 500) -> int:
-    """Take back the shards of incarnations that are not live: crashes + 1, ready again after a backoff."""
+def expire_shards(db: Database, limit: int = 100) -> int:
+    """Take back the shards of incarnations that are not live: crashes + 1, ready again after a backoff.
+
+    Args:
+        limit: shards at once; so few that their rows are on their way before they are read, since a server that waits
+            for a frozen client to read keeps what is locked.
+    """
+    columns = (shard.c.id, shard.c.job_id, shard.c.fence, shard.c.worker_id, shard.c.crashes, shard.c.crash_workers)
 
     def work(tx: Tx) -> int:
         live = sa.exists().where(worker.c.id == shard.c.worker_id, worker.c.state == LIVE)
-        orphaned = sa.select(shard).where(is_in(states.LEASED), ~live).limit(limit)
+        orphaned = sa.select(*columns).where(is_in(states.LEASED), ~live).limit(limit)
         if tx.dialect.name == "postgresql":
             orphaned = orphaned.with_for_update(skip_locked=True, of=shard)
         return sum(_expire_one(tx, row) for row in tx.execute(orphaned).fetchall())

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from jobs import processes, statements, states
 from jobs.spec import JobSpec
 from storage import index
-from storage.database import Database, Tx, db_now
+from storage.database import Database, Tx, bulk_insert, db_now
 from storage.errors import BadInput, Conflict, NotFound, one_line
 from storage.tables import item, job, recipe, shard
 
@@ -196,21 +196,17 @@ def add_shards(
         _still_planning(tx, job_id, planner)
         there = sa.select(shard.c.id).where(shard.c.job_id == job_id, shard.c.number >= first).limit(1)
         if shards and tx.execute(there).first() is None:
-            tx.execute(sa.insert(shard), [_shard_row(job_id, first + i, new) for i, new in enumerate(shards)])
+            bulk_insert(tx, shard, _SHARD_COLUMNS, [_shard_row(job_id, first + i, new) for i, new in enumerate(shards)])
         tx.execute(sa.update(job).where(job.c.id == job_id).values(dataclasses.asdict(totals)))
 
     db.transact(work)
 
 
-def _shard_row(job_id: int, number: int, new: NewShard) -> dict[str, Any]:
-    return {
-        "job_id": job_id,
-        "number": number,
-        "state": states.READY,
-        "size": new.items,
-        "replaces": new.replaces,
-        "manifest_key": new.manifest_key,
-    }
+_SHARD_COLUMNS = ("job_id", "number", "state", "size", "replaces", "manifest_key")
+
+
+def _shard_row(job_id: int, number: int, new: NewShard) -> tuple[Any, ...]:
+    return job_id, number, states.READY, new.items, new.replaces, new.manifest_key
 
 
 def keep_planning(db: Database, job_id: int, planner: str) -> None:

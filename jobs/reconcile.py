@@ -113,7 +113,7 @@ class Reconciler:
                 log.warning(
                     "worker %s has not beaten for %g s; its shards are free", worker_id, self.settings.lease_seconds
                 )
-        while leases.expire_shards(self.db, limit=500) == 500:
+        while leases.expire_shards(self.db, limit=100) == 100:
             pass
 
     def settle(self) -> None:

@@ -163,55 +163,76 @@ class Database:
 
 
 def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert many rows at the speed of the driver: COPY on Postgres, hundreds of rows a statement on SQLite.
+    """Insert many rows in few statements. A column's values are all of one Python type, or None.
 
     Raises the same errors as any other statement, such as IntegrityError for a row that is there already.
     """
     if not rows:
         return
-    names = ", ".join(f'"{c}"' for c in columns)
-    if tx.dialect.name == "postgresql":
-        raw = tx.connection.driver_connection
-        assert raw is not None
-        statement = f'COPY "{table.name}" ({names}) FROM STDIN'
-        base = tx.dialect.loaded_dbapi.Error
-        try:
-            with raw.cursor() as cursor, cursor.copy(statement) as copy:
-                for row in rows:
-                    copy.write_row(row)
-        except base as error:
-            # COPY goes around SQLAlchemy, so the driver's errors are put into its clothes here.
-            raise DBAPIError.instance(statement, None, error, base, dialect=tx.dialect) from error
-    else:
-        # With executemany the interpreter's lock is let go and taken again for every row, which beside busy threads
-        # means to wait for each.
-        start = 0
-        for size in _ROWS:
-            while len(rows) - start >= size:
-                by_column = list(zip(*rows[start : start + size], strict=True))
-                # Half of the columns say the same of a whole shard. Values, above all None and bools, which go through
-                # sqlite3's adapters, take longer to bind than to store: bound once, a row took 2.5 us instead of 9.
-                alike = tuple(size >= _MANY and column.count(column[0]) == size for column in by_column)
-                once = [column[0] for column, is_alike in zip(by_column, alike, strict=True) if is_alike]
-                others = (column for column, is_alike in zip(by_column, alike, strict=True) if not is_alike)
-                try:
-                    tx.exec_driver_sql(_sqlite_insert(table.name, names, alike, size), tuple(chain(once, *others)))
-                except DBAPIError as error:
-                    # As it stands in messages: a hundred thousand letters of question marks would explain nothing.
-                    error.statement, error.params = f'INSERT INTO "{table.name}" ({names})', None
-                    raise
-                start += size
+    sqlite = tx.dialect.name == "sqlite"
+    start = 0
+    for size in _ROWS if sqlite else (len(rows),):
+        while len(rows) - start >= size:
+            by_column = list(zip(*rows[start : start + size], strict=True))
+            # Half of the columns say the same of a whole shard. Values, above all None and bools, which go through
+            # sqlite3's adapters, take longer to bind than to store: bound once, a row took 2.5 us instead of 9.
+            alike = tuple(size >= _MANY and column.count(column[0]) == size for column in by_column)
+            once = [column[0] for column, is_alike in zip(by_column, alike, strict=True) if is_alike]
+            others = [column for column, is_alike in zip(by_column, alike, strict=True) if not is_alike]
+            if sqlite:
+                statement = _sqlite_insert(table.name, tuple(columns), alike, size)
+                values = tuple(chain(once, *others))
+            else:
+                kinds = tuple(_pg_type(table.c[name].type, tx.dialect) for name in columns)
+                statement = _postgres_insert(table.name, tuple(columns), kinds, alike)
+                values = (*once, *map(list, others))
+            try:
+                tx.exec_driver_sql(statement, values)
+            except DBAPIError as error:
+                # As it stands in messages: a hundred thousand letters of question marks would explain nothing.
+                error.statement, error.params = f'INSERT INTO "{table.name}"', None
+                raise
+            start += size
+
+
+# With executemany the interpreter's lock is let go and taken again for every row, which beside busy threads means to
+# wait for each. On Postgres a COPY, or a pipeline, would be faster; but a client that is frozen in the midst of one
+# keeps its locks for ever: its session waits for data, which counts as busy, and no timeout of the server ends it. A
+# statement comes as one message, and a session that waits for the next one is idle.
 
 
 @lru_cache(maxsize=8 * len(_ROWS))
-def _sqlite_insert(table: str, names: str, alike: tuple[bool, ...], rows: int) -> str:
+def _sqlite_insert(table: str, columns: tuple[str, ...], alike: tuple[bool, ...], rows: int) -> str:
     """An insert of so many rows: binds what is alike in all of them once, then the other columns one after another."""
     once, others = itertools.count(1), itertools.count()
     firsts = [
         (next(once), 0) if is_alike else (1 + sum(alike) + rows * next(others), 1) for is_alike in alike
     ]  # of each column its first value's number, and how far it is to the next row's
     each = (", ".join(f"?{first + row * step}" for first, step in firsts) for row in range(rows))
-    return f'INSERT INTO "{table}" ({names}) VALUES ({"), (".join(each)})'  # noqa: S608
+    return f'INSERT INTO "{table}" ({_quoted(columns)}) VALUES ({"), (".join(each)})'  # noqa: S608
+
+
+@lru_cache(maxsize=64)
+def _postgres_insert(table: str, columns: tuple[str, ...], kinds: tuple[str, ...], alike: tuple[bool, ...]) -> str:
+    """An insert of any number of rows: binds what is alike in all of them, then an array for each other column.
+
+    In binary, which is half the work of text.
+    """
+    both = list(zip(columns, kinds, alike, strict=True))
+    once = ", ".join(f"%b::{kind}" if is_alike else f'of_rows."{name}"' for name, kind, is_alike in both)
+    arrays = ", ".join(f"%b::{kind}[]" for _, kind, is_alike in both if not is_alike)
+    others = _quoted([name for name, _, is_alike in both if not is_alike])
+    return f'INSERT INTO "{table}" ({_quoted(columns)}) SELECT {once} FROM unnest({arrays}) AS of_rows ({others})'  # noqa: S608
+
+
+def _pg_type(kind: Any, dialect: sa.Dialect) -> str:
+    """A column's type as it stands in a cast."""
+    name: str = kind.compile(dialect=dialect)
+    return name.partition(" COLLATE ")[0]
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def _engine(url: str, patience_s: float) -> sa.Engine:
