@@ -471,7 +471,7 @@ def _time_left(seconds: float | None) -> str:
 @click.argument("job", default="latest")
 @_json_option
 def profile(job: str, as_json: bool) -> None:
-    """Say where a job's time went: fetch, decode, prepare, device, post, start, idle, gap, write."""
+    """Say where a job's time went: fetch, decode, prepare, device, post, answer, start, idle, gap, write."""
     from jobs import progress
 
     home = _home()
@@ -481,7 +481,7 @@ def profile(job: str, as_json: bool) -> None:
         return
     busy = "nothing has run" if found.busy is None else f"the device was busy {found.busy:.1%} of its time"
     click.echo(f"{found.items} items; {busy}")
-    for stage in ("fetch", "decode", "prepare", "device", "post", "start", "idle", "gap", "write"):
+    for stage in ("fetch", "decode", "prepare", "device", "post", "answer", "start", "idle", "gap", "write"):
         spent = found.seconds.get(stage, 0.0)
         click.echo(f"  {stage:<8} {spent:>10.2f} s  {1000 * spent / max(1, found.items):>9.2f} ms an item")
 

@@ -157,9 +157,10 @@ class Profile:
 
     Attributes:
         items: of those shards.
-        seconds: stage -> seconds. Fetch, decode, prepare and write are summed over their threads. Of the thread that
-            drives the device: device, while networks ran; post, for what made results of their outputs; start, idle
+        seconds: stage -> seconds. Fetch, decode, prepare and write are summed over their threads. Of the device, or the
+            thread that drives it: device, while networks ran; post, for what made results of their outputs; start, idle
             and gap, while it waited: for the first batch of a ticket, within a shard, and from one shard to the next.
+            On a GPU results are made beside the next batch, which is answer instead of post.
     """
 
     items: int

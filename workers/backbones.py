@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from storage.errors import BadInput, ItemFailed
 from storage.results import embedding, labels
+from workers import uploading
 from workers.models import Image, Item, Prepared
 from workers.runtimes import Network, Session
 
@@ -142,14 +143,22 @@ class Backbone:
 
     def infer(self, batch: Sequence[Prepared]) -> Answers:
         """A result for each picture; ItemFailed "not-finite" where the network gave NaN or infinity."""
+        return self.answer(self.compute(batch), batch) if batch else []
+
+    def compute(self, batch: Sequence[Prepared]) -> Any:
+        """The network's output for a batch."""
         import torch
 
-        if not batch:
-            return []
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            output = self._session(images=self._tensor(batch))["output"]
+            return self._session(images=self._tensor(batch))["output"]
+
+    def answer(self, output: Any, batch: Sequence[Prepared]) -> Answers:
+        """A result for each picture, from what `compute` gave."""
+        import torch
+
+        with torch.inference_mode():
             finite = output.isfinite().all(1).tolist()
             answers = self._finish(output.nan_to_num(0.0, 0.0, 0.0))
         return [answer if ok else _not_finite() for answer, ok in zip(answers, finite, strict=True)]
@@ -160,12 +169,7 @@ class Backbone:
 
     def _tensor(self, batch: Sequence[Prepared]) -> Any:
         """(batch, 3, height, width) float32 on the device, normalised there, channels last; the copy is of bytes."""
-        import torch
-
-        pinned = self._device.startswith("cuda")
-        stacked = torch.empty((len(batch), *batch[0].data.shape), dtype=torch.uint8, pin_memory=pinned)
-        np.stack([item.data for item in batch], out=stacked.numpy())
-        images = stacked.to(self._device, non_blocking=pinned).permute(0, 3, 1, 2).float().div_(255)
+        images = uploading.stacked([item.data for item in batch], self._device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self._given.mean, self._given.std))
         return images.sub_(mean).div_(std)
 

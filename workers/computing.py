@@ -1,8 +1,9 @@
-"""Knows when networks run: for how long, and that decoders on the same CPU wait meanwhile.
+"""Knows when networks run: for how long, that decoders on the same CPU wait meanwhile, and what may go on beside them.
 
 On a CPU decoding and computing use the same cores. At once, they would wait for each other at every barrier of the
 network's parallel loops; so no picture is begun while a network runs, and all that one can reach is the sum of both.
-On a GPU nobody waits for anybody.
+On a GPU nobody waits for anybody: it gets its next batch while it computes one, and what it gave for the one before is
+turned into answers on a stream of its own.
 """
 
 from __future__ import annotations
@@ -11,22 +12,57 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass(frozen=True, slots=True)
+class Spell:
+    """The runs of networks for one batch.
+
+    Attributes:
+        runs: beginning and end of each, seconds of time.perf_counter on a CPU, events of CUDA on a GPU.
+        given: an event of CUDA after all that was asked of the GPU for the batch, None on a CPU.
+    """
+
+    runs: tuple[tuple[Any, Any], ...]
+    given: Any = None
+
+    def seconds(self) -> float:
+        """How long networks ran. On a GPU it waits for the last of them."""
+        return sum(_seconds(first, last) for first, last in self.runs)
+
+    def after(self, earlier: Spell | None) -> float:
+        """Seconds between the last run of an earlier batch and the first of this one; 0 where one had none."""
+        if earlier is None or not earlier.runs or not self.runs:
+            return 0.0
+        return max(0.0, _seconds(earlier.runs[-1][1], self.runs[0][0]))
+
+
+def _seconds(first: Any, last: Any) -> float:
+    if isinstance(first, float):
+        return float(last - first)
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
+
+
 class Computing:
-    """Runs of networks on one device. `running` and `take_s` are called from the device's thread only.
+    """Runs of networks on one device. `running`, `take` and `take_s` are called from the device's thread only.
 
     Args:
         device: "cpu" or "cuda".
+
+    Attributes:
+        depth: batches that the device may have been given before the first of them is answered.
     """
 
     def __init__(self, device: str) -> None:
         self._on_cpu = device == "cpu"
+        self.depth = 1 if self._on_cpu else 2
         self._free = threading.Event()
         self._free.set()
-        self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []  # of CUDA: a call returns before the device is done
+        self._runs: list[tuple[Any, Any]] = []
+        self._beside: Any = None  # the stream of what is done beside the computing
 
     def wait(self) -> None:
         """Before a picture is decoded."""
@@ -36,33 +72,55 @@ class Computing:
     def running(self) -> Iterator[None]:
         """Around every call of a network."""
         if not self._on_cpu:
-            with self._between_events():
-                yield
+            first = _event()  # a call returns before the device is done, so a clock of the host would tell nothing
+            yield
+            self._runs.append((first, _event()))
             return
         self._free.clear()
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds += time.perf_counter() - started
+            self._runs.append((started, time.perf_counter()))
             self._free.set()
 
-    @contextmanager
-    def _between_events(self) -> Iterator[None]:
-        import torch
-
-        event: Any = torch.cuda.Event
-        first, last = event(enable_timing=True), event(enable_timing=True)
-        first.record()
-        yield
-        last.record()
-        self._events.append((first, last))
+    def take(self) -> Spell:
+        """The runs since the last call."""
+        runs, self._runs = tuple(self._runs), []
+        return Spell(runs, None if self._on_cpu else _event())
 
     def take_s(self) -> float:
-        """Seconds that networks ran since the last call, once their results have been read."""
-        for first, last in self._events:
-            last.synchronize()
-            self._seconds += first.elapsed_time(last) / 1000
-        self._events.clear()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        """Seconds that networks ran since the last call."""
+        runs, self._runs = tuple(self._runs), []
+        return Spell(runs).seconds()
+
+    @contextmanager
+    def answering(self, spell: Spell) -> Iterator[None]:
+        """Around what is done with a batch's results in another thread: it waits for that batch, not for later ones.
+
+        What was made within it is there at its end.
+        """
+        if spell.given is None:
+            yield
+            return
+        import torch
+
+        if self._beside is None:
+            made: Any = torch.cuda.Stream
+            self._beside = made()
+        with torch.cuda.stream(self._beside):
+            self._beside.wait_event(spell.given)
+            try:
+                yield
+            finally:
+                self._beside.synchronize()  # before memory that it reads goes to somebody else
+
+
+def _event() -> Any:
+    """An event of CUDA, recorded now on the current stream."""
+    import torch
+
+    made: Any = torch.cuda.Event
+    event = made(enable_timing=True)
+    event.record()
+    return event

@@ -223,14 +223,22 @@ class Detector:
 
     def infer(self, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The boxes of each picture, best first; ItemFailed "not-finite" for one whose numbers are NaN or infinite."""
+        return self.answer(self.compute(batch), batch) if batch else []
+
+    def compute(self, batch: Sequence[Prepared]) -> Any:
+        """What the graph gives for a batch."""
         import torch
 
-        if not batch:
-            return []
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            out = self._output(yolohead.stacked(batch, self._device))
+            return self._output(yolohead.stacked(batch, self._device))
+
+    def answer(self, out: Any, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
+        """The boxes of each picture, from what `compute` gave."""
+        import torch
+
+        with torch.inference_mode():
             finite = out.flatten(1).sum(1).isfinite().tolist()
             found = [self._boxes(one).cpu().numpy() for one in out]
         return [

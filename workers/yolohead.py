@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import BadInput
+from workers import uploading
 from workers.models import Image, Prepared, nearest
 from workers.nms import nms
 
@@ -131,12 +132,8 @@ def branch(head: Any, nms: bool, name: str) -> dict[str, Any]:
 
 def stacked(batch: Sequence[Prepared], device: str) -> Any:
     """(batch, 3, height, width) float32 in 0..1 on the device, channels last; the copy there is of bytes."""
-    import torch
-
-    pinned = device.startswith("cuda")
-    pixels = torch.empty((len(batch), *batch[0].data.shape), dtype=torch.uint8, pin_memory=pinned)
-    np.stack([item.data for item in batch], out=pixels.numpy())
-    return pixels.to(device, non_blocking=pinned).permute(0, 3, 1, 2).float().div_(255)
+    pixels = uploading.stacked([item.data for item in batch], device)
+    return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
 def kept(

@@ -23,6 +23,7 @@ import numpy as np
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
+from workers import uploading
 from workers.models import Card, Image, Item, Prepared, Site, check_labels
 from workers.runtimes import Network, Session
 
@@ -330,14 +331,22 @@ class Detector:
 
     def infer(self, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The boxes of each picture, best first; ItemFailed "not-finite" for one whose numbers are NaN or infinite."""
+        return self.answer(self.compute(batch), batch) if batch else []
+
+    def compute(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        """The network's boxes and logits for a batch."""
         import torch
 
-        if not batch:
-            return []
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            raw = self._session(**{name: self._stacked(batch, name) for name in self._inputs})
+            return self._session(**{name: self._stacked(batch, name) for name in self._inputs})
+
+    def answer(self, raw: dict[str, Any], batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
+        """The boxes of each picture, from what `compute` gave."""
+        import torch
+
+        with torch.inference_mode():
             # A few hundred queries a picture: one copy to the host costs less than waiting for each picture's boxes.
             logits, boxes = raw["logits"].cpu(), raw["boxes"].cpu()
             finite = logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
@@ -353,13 +362,8 @@ class Detector:
         self._session = None
 
     def _stacked(self, batch: Sequence[Prepared], name: str) -> Any:
-        """One input of all images, in memory that a GPU copies from without waiting."""
-        import torch
-
-        first = batch[0].data[name]
-        pinned = self._device.startswith("cuda")
-        out = torch.empty((len(batch), *first.shape), dtype=first.dtype, pin_memory=pinned)
-        return torch.stack([item.data[name] for item in batch], out=out)
+        """One input of all images, on the device."""
+        return uploading.stacked([item.data[name].numpy() for item in batch], self._device)
 
     def _result(self, scores: Any, labels: Any, boxes: Any) -> Result:
         """The image processor's boxes (n, 4) xyxy in pixels of the original, not clipped to it, best first."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints, ultralytics_checkpoints
+from workers import checkpoints, ultralytics_checkpoints, uploading
 from workers.models import Card, Image, Item, Prepared, Site, check_labels
 from workers.runtimes import Network, Session
 
@@ -162,14 +162,22 @@ class Detector:
 
     def infer(self, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The boxes of each picture, best first; ItemFailed "not-finite" for one whose numbers are NaN or infinite."""
+        return self.answer(self.compute(batch), batch) if batch else []
+
+    def compute(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        """The network's boxes and logits for a batch."""
         import torch
 
-        if not batch:
-            return []
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            raw = self._session(images=self._tensor(batch))
+            return self._session(images=self._tensor(batch))
+
+    def answer(self, raw: dict[str, Any], batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
+        """The boxes of each picture, from what `compute` gave."""
+        import torch
+
+        with torch.inference_mode():
             boxes, logits = raw["boxes"], raw["logits"]
             finite = boxes.isfinite().flatten(1).all(1) & logits.isfinite().flatten(1).all(1)
             # One copy to the host for the whole batch: middle x, middle y, width, height, score, class id.
@@ -185,12 +193,8 @@ class Detector:
 
     def _tensor(self, batch: Sequence[Prepared]) -> Any:
         """(batch, 3, height, width) float32 in 0..1 on the device, channels last; the copy there is of bytes."""
-        import torch
-
-        pinned = self._device.startswith("cuda")
-        stacked = torch.empty((len(batch), *batch[0].data.shape), dtype=torch.uint8, pin_memory=pinned)
-        np.stack([item.data for item in batch], out=stacked.numpy())
-        return stacked.to(self._device, non_blocking=pinned).permute(0, 3, 1, 2).float().div_(255)
+        pixels = uploading.stacked([item.data for item in batch], self._device)
+        return pixels.permute(0, 3, 1, 2).float().div_(255)
 
     def _result(self, found: Any, image: Prepared) -> Result:
         """Rows (n, 6), best first -> boxes in the original picture, not clipped to it, as upstream's are not."""

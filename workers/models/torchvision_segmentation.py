@@ -19,7 +19,7 @@ import numpy as np
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
-from workers import masks, statedicts
+from workers import masks, statedicts, uploading
 from workers.models import Card, Image, Item, Prepared, Site, check_labels
 from workers.runtimes import Network, Session
 
@@ -193,14 +193,22 @@ class Segmenter:
 
         ItemFailed "not-finite" for a picture whose numbers are NaN or infinite.
         """
+        return self.answer(self.compute(batch), batch) if batch else []
+
+    def compute(self, batch: Sequence[Prepared]) -> Any:
+        """The network's map (batch, classes, map height, map width)."""
         import torch
 
-        if not batch:
-            return []
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            logits = self._session(images=self._tensor(batch))["logits"]
+            return self._session(images=self._tensor(batch))["logits"]
+
+    def answer(self, logits: Any, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
+        """The masks of each picture, from what `compute` gave."""
+        import torch
+
+        with torch.inference_mode():
             finite = logits.flatten(1).sum(1).isfinite().tolist()
             return [
                 self._result(of_image, image) if ok else _not_finite()
@@ -215,7 +223,7 @@ class Segmenter:
         """(batch, 3, height, width) float32 on the device, normalised."""
         import torch
 
-        pixels = torch.from_numpy(np.stack([item.data for item in batch])).to(self._device)
+        pixels = uploading.stacked([item.data for item in batch], self._device)
         mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (_MEAN, _STD))
         return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 

@@ -117,22 +117,31 @@ class Detector:
 
     def infer(self, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The boxes of each picture, best first; ItemFailed "not-finite" for one whose numbers are NaN or infinite."""
+        return self.answer(self.compute(batch), batch) if batch else []
+
+    def compute(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        """The raw numbers of a batch, "finite" (batch,) among them."""
         import torch
 
-        if not batch:
-            return []
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
             raw = self._session(images=yolohead.stacked(batch, self._device))
             # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
             finite = (raw["distances"].flatten(1).sum(1) + raw["logits"].flatten(1).sum(1)).isfinite()
+        return {**raw, "finite": finite}
+
+    def answer(self, raw: dict[str, Any], batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
+        """The boxes of each picture, from what `compute` gave."""
+        import torch
+
+        with torch.inference_mode():
             shape = batch[0].data.shape[:2]
             kept = yolohead.kept(raw, None, self._params, self._head, self._labels, shape)
             kept = [rows.cpu().numpy() for rows in kept]
         return [
             self._result(found, image) if ok else _not_finite()
-            for found, ok, image in zip(kept, finite.tolist(), batch, strict=True)
+            for found, ok, image in zip(kept, raw["finite"].tolist(), batch, strict=True)
         ]
 
     def close(self) -> None:

@@ -153,21 +153,30 @@ class Segmenter:
 
         Objects whose mask is empty in the network's input are left out.
         """
+        return self.answer(self.compute(batch), batch) if batch else []
+
+    def compute(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        """The raw numbers of a batch, "finite" (batch,) among them."""
         import torch
 
-        if not batch:
-            return []
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
-        shape = batch[0].data.shape[:2]
         with torch.inference_mode():
             raw = self._session(images=yolohead.stacked(batch, self._device))
             # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
-            finite = sum(numbers.flatten(1).sum(1) for numbers in raw.values()).isfinite().tolist()
+            finite: Any = sum(numbers.flatten(1).sum(1) for numbers in raw.values())
+        return {**raw, "finite": finite.isfinite()}
+
+    def answer(self, raw: dict[str, Any], batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
+        """The objects of each picture, from what `compute` gave."""
+        import torch
+
+        shape = batch[0].data.shape[:2]
+        with torch.inference_mode():
             found = yolohead.kept(raw, raw["coefficients"], self._params, self._head, self._labels, shape)
             return [
                 self._result(rows, maps, image) if ok else _not_finite()
-                for rows, maps, image, ok in zip(found, raw["maps"], batch, finite, strict=True)
+                for rows, maps, image, ok in zip(found, raw["maps"], batch, raw["finite"].tolist(), strict=True)
             ]
 
     def close(self) -> None:

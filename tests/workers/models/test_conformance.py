@@ -25,7 +25,7 @@ import pytest
 import storage.results
 from storage.errors import BadInput
 from storage.results import image
-from workers import models, runtimes
+from workers import inflight, models, runtimes
 from workers.models import Card, Item, Prepared, Site
 
 RUN_ON = "cpu"
@@ -372,6 +372,18 @@ def test_the_same_twice(subject: Subject) -> None:
     batch = prepared(subject.model, pictures())
     again = prepared(subject.model, pictures())
     assert all(same(a, b, 0) for a, b in zip(subject.model.infer(batch), subject.model.infer(again), strict=True))
+
+
+def test_answers_may_come_while_the_next_batch_computes(subject: Subject) -> None:
+    model = inflight.staged(subject.model)
+    if model is None:
+        pytest.skip("it works in one step")
+    batches = [prepared(subject.model, pictures(3)), prepared(subject.model, pictures(5)[::-1])]
+    raw = [model.compute(batch) for batch in batches]
+    with ThreadPoolExecutor(1) as pool:
+        answers = list(pool.map(model.answer, raw, batches))
+    for found, batch in zip(answers, batches, strict=True):
+        assert all(same(a, b, 0) for a, b in zip(found, subject.model.infer(batch), strict=True))
 
 
 def test_an_empty_batch(subject: Subject) -> None:
