@@ -59,6 +59,43 @@ def run(bench: Bench) -> None:
                 batch = 2 if bench.quick else 32 if bench.on_gpu else 8
                 take = functools.partial(measured, bench, name, network, runtime, precision, batch)
                 bench.attempt(name, runtime, precision, batch, take=take)
+    graphs(bench)
+
+
+def graphs(bench: Bench) -> None:
+    """The runtime torch with and without CUDA graphs, which have to give the same."""
+    if not bench.on_gpu:
+        bench.say("\nWithout a GPU there are no CUDA graphs.")
+        return
+    bench.say("")
+    bench.head("network", "precision", "batch", "graph, a second", "without, a second", "ratio", "off")
+    for name, network in chosen(bench):
+        for precision in ("fp32", "fp16"):
+            for batch in (1, 8, 64):
+                take = functools.partial(as_graph, bench, network, precision, batch)
+                bench.attempt(name, precision, batch, take=take)
+
+
+def as_graph(bench: Bench, network: Any, precision: str, batch: int) -> tuple[object, ...]:
+    """Rates of a session that replays a graph, and of one that may not."""
+    from workers import graphed
+    from workers.runtimes import torch
+
+    inputs = forward.batched(network, batch, bench.device)
+    rates, outs = [], []
+    for after in (graphed._AFTER, 10**9):
+        before, graphed._AFTER = graphed._AFTER, after
+        try:
+            session = torch.open(network, bench.device, precision)
+            for _ in range(before + 1):
+                out = session(**inputs)
+            outs.append([out[name] for name in network.outputs])
+            rates.append(bench.rate(lambda session=session: len(session(**inputs)[network.outputs[0]])))
+        finally:
+            graphed._AFTER = before
+    off = forward.difference(*outs)
+    expect(off <= 1e-2, f"a graph differs by {off:.1e} of the largest number")
+    return rates[0], rates[1], f"{rates[0] / rates[1]:.2f}", f"{off:.1e}"
 
 
 def provider() -> str:
