@@ -22,10 +22,14 @@ _FOLLOWS_S = 4
 
 
 class Mill:
-    """`imagemill up` in a home folder of its own, on one kind of device."""
+    """`imagemill up` in a home folder of its own, on one kind of device.
 
-    def __init__(self, home: Path, device: str = "cpu") -> None:
-        self._env = _environment(home)
+    Args:
+        settings: of imagemill, such as gpu_decode="true".
+    """
+
+    def __init__(self, home: Path, device: str = "cpu", **settings: str) -> None:
+        self._env = _environment(home) | {f"IMAGEMILL_{name.upper()}": value for name, value in settings.items()}
         self._log = (home.parent / "imagemill.log").open("w")
         command = [str(PROGRAM), "up", "--device", device]
         self._up = subprocess.Popen(command, env=self._env, stdout=self._log, stderr=subprocess.STDOUT)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from storage.errors import Misconfigured
@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     decode_memory_bytes: int = Field(3_000_000_000, ge=500_000_000, description="Address space of such a child.")
     decode_seconds: float = Field(30, gt=0, description="How long such a child may take for one picture.")
     decode_threads: int = Field(0, ge=0, description="Threads that fetch and decode; 0 chooses by the cores.")
+    gpu_decode: bool = Field(False, description="Decode JPEGs on the GPU (nvJPEG), where a worker has one.")
     buffer_bytes: int = Field(
         1_000_000_000, ge=8, description="Pictures a worker may hold, encoded, decoded or prepared."
     )
@@ -72,6 +73,13 @@ class Settings(BaseSettings):
         if value.lower() not in ("debug", "info", "warning", "error"):
             raise ValueError("expected debug, info, warning or error")
         return value.lower()
+
+    @field_validator("gpu_decode")
+    @classmethod
+    def _trusted(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("untrusted"):
+            raise ValueError("with IMAGEMILL_UNTRUSTED pictures are decoded in child processes only; unset one of both")
+        return value
 
     @property
     def database(self) -> str:

@@ -12,15 +12,109 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
+import queue
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from storage.errors import ItemFailed, Misconfigured, one_line
 from workers import images
-from workers.images import Limits
+from workers.images import Decoded, Limits
 
+log = logging.getLogger("imagemill.worker")
+
+_AT_ONCE = 32  # pictures that wait together become one batch
 _PIXELS_AT_ONCE = 64_000_000  # 192 MB decoded; a batch of 64 photographs of a megapixel
+
+
+class OnDevice:
+    """Decodes as `workers.images.Here` does, JPEGs in batches of those that threads ask for at the same time.
+
+    The pixels come back to the host, where families prepare pictures. Where the device decodes no JPEG, this process
+    does, and says so once.
+    """
+
+    def __init__(self, limits: Limits, device: str) -> None:
+        self.limits, self.device = limits, device
+        self._asked: queue.SimpleQueue[tuple[bytes, Future[Decoded]] | None] = queue.SimpleQueue()
+        self._able: bool | None = None  # None until it was tried
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="decode-batch", daemon=True)
+        self._thread.start()
+
+    @property
+    def decoder(self) -> str:
+        """What turns JPEGs into pixels."""
+        return "host" if self._able is False else "nvjpeg"
+
+    def decode(self, data: bytes) -> Decoded:
+        """As `images.decode`. Called from many threads."""
+        if not self._is_able() or images.plain_jpeg(data, self.limits) is None:
+            return images.decode(data, self.limits)
+        answer: Future[Decoded] = Future()
+        self._asked.put((data, answer))
+        return answer.result()
+
+    def header(self, data: bytes) -> tuple[str, int, int]:
+        """As `images.header`."""
+        return images.header(data)
+
+    def close(self) -> None:
+        """Decode what was asked for, then end the thread."""
+        self._asked.put(None)
+        self._thread.join()
+
+    def _is_able(self) -> bool:
+        with self._lock:
+            if self._able is None:
+                try:
+                    check(self.device)
+                    self._able = True
+                except Misconfigured as error:
+                    log.warning("JPEGs are decoded on the CPU: %s", error)
+                    self._able = False
+            return self._able
+
+    def _run(self) -> None:
+        while (first := self._asked.get()) is not None:
+            batch, last = [first], False
+            while len(batch) < _AT_ONCE and not last:
+                try:
+                    one = self._asked.get_nowait()
+                except queue.Empty:
+                    break
+                last = one is None
+                if one is not None:
+                    batch.append(one)
+            self._answer(batch)
+            if last:
+                return
+
+    def _answer(self, batch: Sequence[tuple[bytes, Future[Decoded]]]) -> None:
+        try:
+            found = decode([data for data, _ in batch], self.limits, self.device)
+        except Exception as error:  # noqa: BLE001 (somebody waits for each)
+            for _, answer in batch:
+                answer.set_exception(error)
+            return
+        for picture, (_, answer) in zip(found, batch, strict=True):
+            try:
+                answer.set_result(_on_host(picture))
+            except Exception as error:  # noqa: BLE001 (as above)
+                answer.set_exception(error)
+
+
+def _on_host(picture: Any) -> Decoded:
+    """A (3, height, width) tensor as what `images.decode` gives. Raises the ItemFailed that is in its place."""
+    if isinstance(picture, ItemFailed):
+        raise picture
+    pixels = np.ascontiguousarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
+    return Decoded(pixels, pixels.shape[1], pixels.shape[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,9 @@ def crop(pixels: Pixels, box: Sequence[float]) -> Pixels:
 
 
 class Here:
-    """Decodes in this process; `workers.sandbox.Sandbox` does the same in others."""
+    """Decodes in this process; `workers.sandbox.Sandbox` does the same in others, `workers.batchdecode` on a GPU."""
+
+    decoder = "host"  # what turns pictures into pixels, as provenance names it
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

@@ -12,11 +12,12 @@ from jobs.leases import Claim
 _LIBRARIES = ("torch", "torchvision", "ultralytics-opencv-headless", "onnxruntime")
 
 
-def of(claim: Claim, runtime: str, batch: int, device: str, worker_id: str) -> dict[str, Any]:
+def of(claim: Claim, runtime: str, batch: int, device: str, decoder: str, worker_id: str) -> dict[str, Any]:
     """Everything needed to compute these results again, as JSON values.
 
     Args:
         runtime: in which the networks ran; not always the one that was asked for.
+        decoder: of JPEGs, "host" or "nvjpeg", whose pixels differ by some grey levels.
     """
     spec = claim.spec
     return {
@@ -35,6 +36,7 @@ def of(claim: Claim, runtime: str, batch: int, device: str, worker_id: str) -> d
         "fence": claim.fence,
         "worker": worker_id,
         "device": device,
+        "decoder": decoder,
         **versions(),
     }
 

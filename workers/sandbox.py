@@ -108,6 +108,8 @@ class Sandbox:
         timeout_s: for one picture, from the moment a child has it; waiting for a free child does not count.
     """
 
+    decoder = "host"  # as workers.images.Here
+
     def __init__(self, processes: int, limits: Limits, memory_bytes: int, timeout_s: float) -> None:
         self._limits, self._memory_bytes, self._timeout_s = limits, memory_bytes, timeout_s
         self._processes = max(1, processes)

@@ -32,6 +32,7 @@ from storage.objects import Store
 from storage.settings import Settings
 from storage.shardfile import Outcome
 from workers import faults, images, provenance, tuning, videos
+from workers.batchdecode import OnDevice
 from workers.blobs import Blobs
 from workers.choosing import Choosing
 from workers.computing import Computing
@@ -46,6 +47,7 @@ log = logging.getLogger("imagemill.worker")
 
 _PORTION_BYTES = 1_000_000  # of encoded pictures that one thread passes on together, and one picture more
 _PORTIONS = 1000  # jobs whose portions are remembered
+_DEVICE_DECODES = 32  # threads that wait for a GPU to decode, which takes what waits together
 _OUTAGE_FETCHES = 5  # failed fetches in a row, with none that worked between them, are the store's fault
 _WRITE_PATIENCE_S = 60  # for a store that does not take a result, before the shard is given back
 
@@ -65,6 +67,8 @@ class Stream:
         self.models = Models(store, settings, device, incarnation.work.moved, self.computing.running)
         self.choosing = Choosing(db, self.models, device, settings.tune_seconds, incarnation.work.moved)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
+        if settings.gpu_decode and device != "cpu":
+            threads = max(threads, _DEVICE_DECODES)
         self._fetchers = ThreadPoolExecutor(max(8, threads), thread_name_prefix="fetch")
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._writers = ThreadPoolExecutor(2, thread_name_prefix="write")
@@ -74,7 +78,7 @@ class Stream:
         self._encoded, self._decoded = Room(eighth), Room(3 * eighth)
         self.prepared_bytes = 3 * eighth  # between decoders and device, of each ticket
         self.blobs = Blobs(store, eighth)
-        self._pictures = _pictures(settings, threads)
+        self._pictures = _pictures(settings, threads, device)
         self._failed_fetches = 0
         self.readable = ""  # the URI of an image that could be read, to tell an outage from broken objects
 
@@ -322,7 +326,8 @@ class Stream:
         return False
 
     def _write(self, run: Run, outcomes: Sequence[Outcome], name: str) -> shardfile.Written:
-        meta = provenance.of(run.claim, run.loaded.runtime, run.loaded.size.asked, self.device, self.me.id)
+        batch = run.loaded.size.asked
+        meta = provenance.of(run.claim, run.loaded.runtime, batch, self.device, self._pictures.decoder, self.me.id)
         # Each try has a prefix of its own: a put whose answer was lost may still arrive after the next one.
         prefix = f"{run.prefix}{uuid.uuid4().hex[:8]}{name}/"
         faults.point("before-put")
@@ -380,15 +385,17 @@ class Stream:
         outcomes = [Outcome(i, *row[:3], None, None, None, failure) for i, row in enumerate(rows)]
         spec = tuning.plain(claim.spec, self.device)
         claim = dataclasses.replace(claim, spec=spec)
-        meta = provenance.of(claim, spec.runtime, spec.batch, self.device, self.me.id)
+        meta = provenance.of(claim, spec.runtime, spec.batch, self.device, self._pictures.decoder, self.me.id)
         written = shardfile.write(self.store, attempt_prefix(claim), claim.spec.kind, outcomes, meta)
         if leases.commit(self.db, claim, self.me.id, written, outcomes, state=states.QUARANTINED):
             lifecycle.finish(self.db, claim.job_id)
 
 
-def _pictures(settings: Settings, threads: int) -> images.Here | Sandbox:
-    """What turns bytes into pixels: this process, or for pictures nobody vouches for, child processes."""
+def _pictures(settings: Settings, threads: int, device: str) -> images.Here | Sandbox | OnDevice:
+    """What turns bytes into pixels: this process, its GPU, or for pictures nobody vouches for, child processes."""
     limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels)
+    if settings.gpu_decode and device != "cpu":
+        return OnDevice(limits, device)
     if not settings.untrusted:
         return images.Here(limits)
     return Sandbox(threads, limits, settings.decode_memory_bytes, settings.decode_seconds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,22 @@ def run(bench: Bench) -> None:
             take = functools.partial(in_process, bench, family, kind, weights, params, pictures)
             bench.attempt(name, precision(bench), "in one process", take=take)
         return
+    bench.head(*head)
     with Mill(bench.folder / "home", "gpu" if bench.on_gpu else "cpu") as imagemill:
-        bench.head(*head)
-        for name, family, kind, weights, params in works:
-            take = functools.partial(as_job, bench, imagemill, family, kind, weights, params, pictures)
-            bench.attempt(name, precision(bench), "imagemill", take=take)
+        jobs(bench, imagemill, "imagemill", works, pictures)
+    if bench.on_gpu:
+        with Mill(bench.folder / "decoding-home", "gpu", gpu_decode="true") as imagemill:
+            jobs(bench, imagemill, "imagemill, JPEGs decoded by the GPU", works, pictures)
+
+
+Work = tuple[str, str, str, Path, dict[str, Any]]  # name, family, kind, weights, parameters
+
+
+def jobs(bench: Bench, imagemill: Mill, how: str, works: Sequence[Work], pictures: Path) -> None:
+    """A line for each network."""
+    for name, family, kind, weights, params in works:
+        take = functools.partial(as_job, bench, imagemill, family, kind, weights, params, pictures)
+        bench.attempt(name, precision(bench), how, take=take)
 
 
 def precision(bench: Bench) -> str:
@@ -57,9 +69,9 @@ def dataset(bench: Bench) -> Path:
     return folder
 
 
-def workloads(bench: Bench) -> list[tuple[str, str, str, Path, dict[str, Any]]]:
-    """(name, family, kind, weights, parameters) of what can be run here."""
-    found: list[tuple[str, str, str, Path, dict[str, Any]]] = []
+def workloads(bench: Bench) -> list[Work]:
+    """What can be run here."""
+    found: list[Work] = []
     side = 64 if bench.quick else 640
     for name in ("yolov8n",) if bench.quick or not bench.on_gpu else ("yolov8n", "yolov8s", "yolov8x"):
         with bench.without(name):

@@ -94,6 +94,12 @@ def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name:
     assert "\n" not in str(caught.value)
 
 
+def test_pictures_nobody_vouches_for_are_not_decoded_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(monkeypatch, gpu_decode="true").gpu_decode
+    with pytest.raises(Misconfigured, match=r"IMAGEMILL_GPU_DECODE.*IMAGEMILL_UNTRUSTED.*unset one"):
+        load(monkeypatch, gpu_decode="true", untrusted="true")
+
+
 def test_settings_are_a_key_of_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load(monkeypatch, local_roots=f"/a{os.pathsep}/b", log_level="DEBUG")
     assert found.local_roots == (Path("/a"), Path("/b"))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,9 @@ import torch
 from PIL import Image
 
 from storage.errors import ItemFailed, Misconfigured
+from tests.services import wait_until
 from workers import batchdecode, images
+from workers.batchdecode import OnDevice
 from workers.images import Limits
 
 LIMITS = Limits()
@@ -140,3 +145,84 @@ def test_no_pictures() -> None:
 def test_a_device_that_decodes_nothing_is_no_silent_cpu() -> None:
     with pytest.raises(Misconfigured, match=r"torchvision decodes no JPEG on cuda here: .*; decode on the CPU"):
         batchdecode.decode([coded(picture())], LIMITS, "cuda")
+
+
+# ------------------------------------------------------------------------------------------------ asked by threads
+
+
+@pytest.fixture
+def on_device() -> Iterator[OnDevice]:
+    made = OnDevice(LIMITS, "cpu")
+    yield made
+    made.close()
+
+
+def answer(decoder: Any, data: bytes) -> tuple[Any, ...]:
+    """The pixels, or the reason of the failure."""
+    try:
+        found = decoder.decode(data)
+    except ItemFailed as failure:
+        return (failure.stage, failure.reason)
+    assert found.pixels.flags.writeable
+    assert found.pixels.flags.c_contiguous
+    assert (found.height, found.width, 3) == found.pixels.shape
+    return (found.pixels.tobytes(), found.pixels.shape)
+
+
+def test_threads_get_what_one_process_decodes(on_device: OnDevice) -> None:
+    data = [*GOOD.values(), *BAD.values()] * 20
+    here = images.Here(LIMITS)
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda one: answer(on_device, one), data))
+    assert found == [answer(here, one) for one in data]
+    assert on_device.decoder == "nvjpeg"
+    assert on_device.header(GOOD["odd"]) == images.header(GOOD["odd"])
+
+
+def test_what_waits_together_is_one_batch(on_device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    first, go_on = threading.Event(), threading.Event()
+    decode = batchdecode.decode
+
+    def slow(data: list[bytes], *rest: Any) -> Any:
+        batches.append(len(data))
+        first.set()
+        assert go_on.wait(10)
+        return decode(data, *rest)
+
+    monkeypatch.setattr(batchdecode, "decode", slow)
+    count = 2 * batchdecode._AT_ONCE
+    with ThreadPoolExecutor(count) as pool:
+        one = pool.submit(on_device.decode, GOOD["plain"])
+        assert first.wait(10)
+        others = [pool.submit(on_device.decode, GOOD["grey"]) for _ in range(count - 1)]
+        wait_until(lambda: on_device._asked.qsize() == count - 1, "all to be asked for")
+        go_on.set()
+        assert all(done.result(10) for done in [one, *others])
+    assert batches == [1, batchdecode._AT_ONCE, batchdecode._AT_ONCE - 1]
+
+
+def test_a_batch_that_breaks_is_told_to_each(on_device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("pretended")
+
+    monkeypatch.setattr(batchdecode, "decode", broken)
+    with pytest.raises(RuntimeError, match="pretended"):
+        on_device.decode(GOOD["plain"])
+    assert answer(on_device, GOOD["png"]) == answer(images.Here(LIMITS), GOOD["png"]), "no picture for the device"
+    monkeypatch.undo()
+    assert answer(on_device, GOOD["plain"]) == answer(images.Here(LIMITS), GOOD["plain"])
+
+
+def test_a_device_that_decodes_nothing_is_said_once(
+    on_device: OnDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unable(device: str) -> None:
+        raise Misconfigured("torchvision decodes no JPEG on cuda here")
+
+    monkeypatch.setattr(batchdecode, "check", unable)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda one: answer(on_device, one), [GOOD["plain"]] * 20))
+    assert set(found) == {answer(images.Here(LIMITS), GOOD["plain"])}
+    assert on_device.decoder == "host"
+    assert [record.message.count("decoded on the CPU") for record in caplog.records] == [1]

@@ -15,13 +15,14 @@ import sqlalchemy as sa
 from PIL import Image
 
 from jobs import leases, lifecycle, plan, progress
-from storage import index, tables
+from storage import index, shardfile, tables
 from storage.database import Database
 from storage.objects import open_store
 from storage.settings import Settings
 from tests.services import wait_until
 from tests.support import execute, opened
-from workers import inhand, submit
+from workers import images, inhand, submit
+from workers.batchdecode import OnDevice
 from workers.incarnation import Incarnation
 from workers.models import Prepared, stub
 from workers.stream import Stream
@@ -90,7 +91,7 @@ class Site:
         (folder / "pictures").mkdir()
         rng = np.random.default_rng(0)
         for i in range(count):
-            Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).save(folder / "pictures" / f"{i:03d}.png")
+            Image.fromarray(rng.integers(0, 255, (24, 32, 3), np.uint8)).save(folder / "pictures" / f"{i:03d}.jpg")
         spec = submit.resolve(
             db, self.store, settings, dataset=str(folder / "pictures"), kind="detections", model="stub",
             params=params, device="cpu", batch=BATCH, shard_size=SHARD,
@@ -162,6 +163,24 @@ def test_every_result_is_its_pictures(staged: Staged, make: Callable[..., Site],
         expected = {one.key: one.labels for one in index.find(other, plain.job.recipe_id)}
     assert {one.key: one.labels for one in index.find(site.db, site.job.recipe_id)} == expected
     assert len(expected) == COUNT
+
+
+def test_pictures_decoded_in_batches_are_the_same(make: Callable[..., Site], tmp_path: Path) -> None:
+    site = make()
+    site.stream._pictures = OnDevice(images.Limits(), "cpu")
+    done = site.work()
+    assert (done.state, done.results) == ("done", COUNT)
+    for (shard,) in site.db.query(sa.select(tables.shard.c.result_key)):
+        assert shardfile.read(site.store, shard)[1]["decoder"] == "nvjpeg"
+    counts = index.label_counts(site.db, site.job.recipe_id)
+    with opened(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        (tmp_path / "plain").mkdir()
+        plain = Site(other, tmp_path / "plain")
+        plain.work()
+        plain.close()
+        assert index.label_counts(other, plain.job.recipe_id) == counts
+        for (shard,) in other.query(sa.select(tables.shard.c.result_key)):
+            assert shardfile.read(plain.store, shard)[1]["decoder"] == "host"
 
 
 @pytest.mark.parametrize("pictures_held", [1, BATCH - 1, 2 * BATCH])
