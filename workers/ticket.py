@@ -10,7 +10,6 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,11 +19,10 @@ from jobs.leases import Claim
 from jobs.spec import JobSpec
 from storage import shardfile
 from storage.errors import Conflict, ImagemillError, ItemFailed, Unavailable
-from workers import batches, careful, faults, tuning
+from workers import careful, faults, tuning
 from workers.batches import Buckets
 from workers.blobs import Kept
-from workers.computing import Spell
-from workers.inflight import InFlight, Staged, staged
+from workers.driver import Driver
 from workers.inhand import Arrivals, Ready, Room, Run, attempt_prefix
 from workers.loaded import Loaded
 from workers.models import Prepared
@@ -56,7 +54,7 @@ class Ticket:
         self.kept: queue.SimpleQueue[tuple[Ready, Kept]] = queue.SimpleQueue()
         self._keeping = 0  # files under way to the store
         self.buckets: Buckets[Ready] = Buckets()
-        self.inflight = InFlight(stream.computing, lambda: self.ready.put(None))
+        self.driver = Driver(stream.computing, self.ready, self._wanted, self._deliver)
         self.runs: dict[int, Run] = {}  # by shard id; those with items still under way
         self.finishing: list[Any] = []
         self._told: dict[int, Run] = {}  # by shard id; those whose progress the beat tells
@@ -70,9 +68,6 @@ class Ticket:
         self._same_model = (0, "")
         self._alone: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what has the device for itself
         self._broken = False
-        self._free_since = time.perf_counter()  # when the device last had nothing to do
-        self._begun = False  # whether a batch has been run
-        self._spell: Spell | None = None  # of the last batch, if it was given ahead
         self.more = False  # whether work may be left on the queue
 
     def run(self) -> bool:
@@ -89,7 +84,7 @@ class Ticket:
         finally:
             feeder.join()
             self._claimer.shutdown()
-            self.inflight.close()
+            self.driver.close()
             for future in self.finishing:
                 future.result()
         return self.more
@@ -98,7 +93,8 @@ class Ticket:
         waited_since: float | None = None
         while not (
             self._fed_all.is_set()
-            and self._underway == self._keeping == len(self.inflight) == 0
+            and self._underway == self._keeping == 0
+            and self.driver.idle
             and not self.buckets
             and self.ready.empty
         ):
@@ -108,9 +104,9 @@ class Ticket:
             except queue.Empty:
                 waited_since = waited_since or time.monotonic()
                 # What waits for room to be passed on cannot fill a batch.
-                in_vain = self._underway == 0 or (self.ready.crowded and not self.inflight)
+                in_vain = self._underway == 0 or (self.ready.crowded and self.driver.idle)
                 if self.buckets and (in_vain or time.monotonic() - waited_since > _PATIENCE_S):
-                    self._infer(self.buckets.flush() or [])
+                    self.driver.run(self.buckets.flush() or [])
                     waited_since = None
                 if not self.runs:
                     self.me.work.moved()  # waiting for work is not being stuck
@@ -118,11 +114,10 @@ class Ticket:
                 waited_since = None
                 if arrived:
                     self._arrived(arrived)
-            while self.inflight.answered:
-                self._collect()
+            self.driver.collect()
             self._record_kept()
             if not self._alone.empty():
-                self._collect_all()
+                self.driver.collect_all()
                 self._alone.get()()
             if time.monotonic() - self._looked_at > _LOOK_S:
                 self._obey()
@@ -345,19 +340,9 @@ class Ticket:
                 alike.setdefault((item.run.loaded.key, item.answer.group), []).append(item)
         for group, those in alike.items():
             for full in self.buckets.add(group, those, those[0].run.loaded.size.safe):
-                self._infer(full)
+                self.driver.run(full)
         if failed:
             self._deliver(failed, [item.answer for item in failed])
-
-    def _infer(self, batch: list[Ready]) -> None:
-        """Have a batch computed: here and now, or given to a device that takes one more while it computes."""
-        batch = self._wanted(batch)
-        if not batch:
-            return
-        loaded = batch[0].run.loaded
-        model = staged(loaded.model) if self.stream.computing.depth > 1 and len(batch) <= loaded.size.safe else None
-        if model is None or not self._give(model, batch):
-            self._compute(batch)
 
     def _wanted(self, batch: list[Ready]) -> list[Ready]:
         """Those of a batch whose shard is still ours; the others are let go."""
@@ -369,81 +354,6 @@ class Ticket:
         self._slots.give(len(unwanted))
         self.ready.give(unwanted)
         return wanted
-
-    def _give(self, model: Staged, batch: list[Ready]) -> bool:
-        """Start a batch; False when it has to be computed here and now, since the device does not take it."""
-        while self.inflight.full:
-            self._collect()
-        try:
-            self.inflight.give(model, batch, _prepared(batch))
-        except Exception as error:  # noqa: BLE001 (it is raised again, and then becomes a row)
-            log.warning(
-                "a batch of %d failed and is tried again, now by itself: %s: %s",
-                len(batch),
-                type(error).__name__,
-                error,
-            )
-            self._collect_all()
-            return False
-        return True
-
-    def _collect_all(self) -> None:
-        while self.inflight:
-            self._collect()
-
-    def _collect(self) -> None:
-        """Wait for the first batch that the device was given, and deliver it."""
-        given = self.inflight.take()
-        faults.point("inferred")
-        try:
-            answers = given.answers.result()
-        except Exception as error:  # noqa: BLE001 (as above)
-            log.warning(
-                "a batch of %d failed and is tried again, now by itself: %s: %s",
-                len(given.items),
-                type(error).__name__,
-                error,
-            )
-            self._collect_all()
-            if batch := self._wanted(given.items):
-                self._compute(batch)
-            return
-        idle_s = given.started - self._free_since if self._spell is None else given.spell.after(self._spell)
-        self._free_since, self._spell = time.perf_counter(), given.spell
-        self._count_idle(given.items[0].run, idle_s)
-        self._count_work(given.items, given.spell.seconds(), "answer", given.answer_s)
-        given.items[0].run.loaded.size.went_well(len(given.items))
-        self.ready.give(given.items)
-        both = zip(given.items, answers, strict=True)
-        wanted = [(item, answer) for item, answer in both if not item.run.dropped] if self.me.may_write() else []
-        self._slots.give(len(given.items) - len(wanted))
-        self._deliver([item for item, _ in wanted], [answer for _, answer in wanted])
-
-    def _compute(self, batch: list[Ready]) -> None:
-        """Compute a batch here and now, and deliver it."""
-        loaded = batch[0].run.loaded
-        started = time.perf_counter()
-        self._count_idle(batch[0].run, started - self._free_since)
-        self.stream.computing.take_s()  # what tuning or careful work has left there is not this batch's
-        try:
-            answers = batches.infer(loaded.model, _prepared(batch), loaded.size)
-            faults.point("inferred")
-        finally:
-            self.ready.give(batch)
-        self._free_since, self._spell = time.perf_counter(), None
-        whole_s = self._free_since - started
-        device_s = self.stream.computing.take_s() or whole_s  # a model without networks of ours is all device
-        self._count_work(batch, device_s, "post", max(0.0, whole_s - device_s))
-        self._deliver(batch, answers)
-
-    def _count_idle(self, first: Run, seconds: float) -> None:
-        first.spent("idle" if first.begun else "gap" if self._begun else "start", seconds)
-        first.begun = self._begun = True
-
-    def _count_work(self, batch: Sequence[Ready], device_s: float, stage: str, seconds: float) -> None:
-        for run, count in Counter(item.run for item in batch).items():
-            run.spent("device", device_s * count / len(batch))
-            run.spent(stage, seconds * count / len(batch))
 
     def _deliver(self, items: Sequence[Ready], answers: Sequence[Any]) -> None:
         recorded = []
@@ -509,7 +419,3 @@ class Ticket:
                 self.more = True
                 run.ending = self.stream._writers.submit(self.stream.give_back, run)
                 self.finishing.append(run.ending)
-
-
-def _prepared(batch: Sequence[Ready]) -> list[Prepared]:
-    return [item.answer for item in batch if isinstance(item.answer, Prepared)]
