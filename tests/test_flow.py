@@ -94,7 +94,8 @@ def test_a_beat_tells_of_shards_in_hand_only(stack: Stack, tmp_path: Path) -> No
         time.sleep(1)  # a beat
         ((told,),) = rows(flow.database_url(stack), "SELECT progress FROM worker WHERE state = 'live'")
         assert committed(stack) < 320
-    assert 0 < len(json.loads(told)) < 12
+    held = told if isinstance(told, dict) else json.loads(told)  # Postgres' JSON comes parsed, SQLite's as text
+    assert 0 < len(held) < 12
 
 
 @flow.by_default("laptop")

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs import leases
@@ -38,6 +38,7 @@ _PATIENCE_S = 0.2  # an unfilled batch waits so long for pictures that are being
 _AFFINITY_SHARDS = 16  # of one model in a row, before other jobs are looked at without preference
 _SAMPLE = 8  # pictures that are made ready together to measure a model on
 _LOOK_S = 0.02  # between two looks at orders
+_UNWRITTEN = 4  # shards computed and not yet written: a slow store holds up the claims, not the memory
 _CLAIM_S = 0.25  # a claim takes less; where all that is under way is done sooner, the next one is asked for early
 
 
@@ -161,6 +162,8 @@ class Ticket:
         """Claim a shard and make it ready to be handed out; None when there is nothing to do."""
         while self._may_go_on():
             self.stream.wait_for_store()
+            if self._must_write_first():
+                continue
             try:
                 claim = leases.claim(self.stream.db, self.me.id, self.queue_name, self._affinity())
                 if claim is None:
@@ -177,6 +180,13 @@ class Ticket:
             if run is not None:
                 return run
         return None
+
+    def _must_write_first(self) -> bool:
+        """Whether so many shards wait to be written that none may be added; looks for a moment whether that passes."""
+        unwritten = [future for future in list(self.finishing) if not future.done()]
+        if len(unwritten) < _UNWRITTEN:
+            return False
+        return len(wait(unwritten, 0.1, FIRST_COMPLETED).not_done) >= _UNWRITTEN
 
     def _affinity(self) -> str | None:
         count, key = self._same_model

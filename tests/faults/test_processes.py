@@ -95,7 +95,8 @@ def test_killed_at_one_point(template: Template, stack: Stack, tmp_path: Path, p
     if whole_family:
         with support.worker(stack, tmp_path / "log"):
             support.wait_done(stack)
-    assert (0 if point == "before-ack" else 1 if "after" not in point else 0) <= support.crashes(stack) <= 2
+    # One shard is written, items of two are under way and one is claimed ahead, at most; the last ones cost nobody.
+    assert (0 if point == "before-ack" else 1 if "after" not in point else 0) <= support.crashes(stack) <= 4
     support.prove(stack, template.keys, tmp_path / "log")
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from PIL import Image
 
-from jobs import lifecycle, plan, progress
+from jobs import lifecycle, plan, progress, states
+from storage import shardfile, tables
 from storage.database import Database
 from storage.objects import open_store
 from storage.settings import Settings
 from tests.support import opened
-from workers import submit
+from workers import submit, ticket
 from workers.incarnation import Incarnation
 from workers.models import Prepared, stub
 from workers.stream import Stream
@@ -106,3 +109,23 @@ def test_prepared_pictures_take_bounded_memory(db: Database, tmp_path: Path, hel
     assert held.most <= max(room, PICTURE_BYTES) + 2 * PICTURE_BYTES
     if pictures_held == 100:
         assert max(held.batches) == 8, "with room enough batches are full"
+
+
+def test_a_slow_store_holds_up_the_claims(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a fast model would lease shard after shard, and hold all their results until the store has taken them."""
+    leased: list[int] = []
+    write = shardfile.write
+
+    def slow(*given: Any) -> Any:
+        ours = sa.select(sa.func.count()).select_from(tables.shard).where(tables.shard.c.state == states.LEASED)
+        leased.append(db.query(ours)[0][0])
+        time.sleep(0.2)
+        return write(*given)
+
+    monkeypatch.setattr(shardfile, "write", slow)
+    done = run(db, tmp_path, 400, decode_threads=2)
+    assert (done.state, done.results) == ("done", 400)
+    under_way = 64 // 20 + 1  # slots, of a shard's size; another is claimed ahead
+    assert len(leased) == 20
+    assert max(leased) <= ticket._UNWRITTEN + under_way + 1
+    assert max(leased) >= ticket._UNWRITTEN, "two are written while others are computed"
