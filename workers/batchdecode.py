@@ -17,6 +17,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,22 +98,40 @@ class OnDevice:
 
     def _answer(self, batch: Sequence[tuple[bytes, Future[Decoded]]]) -> None:
         try:
-            found = decode([data for data, _ in batch], self.limits, self.device)
+            with _stream_of_its_own(self.device):
+                found = [_on_host(one) for one in decode([data for data, _ in batch], self.limits, self.device)]
         except Exception as error:  # noqa: BLE001 (somebody waits for each)
             for _, answer in batch:
                 answer.set_exception(error)
             return
         for picture, (_, answer) in zip(found, batch, strict=True):
-            try:
-                answer.set_result(_on_host(picture))
-            except Exception as error:  # noqa: BLE001 (as above)
-                answer.set_exception(error)
+            if isinstance(picture, ItemFailed):
+                answer.set_exception(picture)
+            else:
+                answer.set_result(picture)
 
 
-def _on_host(picture: Any) -> Decoded:
-    """A (3, height, width) tensor as what `images.decode` gives. Raises the ItemFailed that is in its place."""
+@functools.cache
+def _stream(device: str) -> Any:
+    import torch
+
+    made: Any = torch.cuda.Stream
+    return made(device)
+
+
+def _stream_of_its_own(device: str) -> AbstractContextManager[Any]:
+    """On the stream of the networks, pixels would wait for the batch that is being computed."""
+    if not device.startswith("cuda"):
+        return nullcontext()
+    import torch
+
+    return torch.cuda.stream(_stream(device))
+
+
+def _on_host(picture: Any) -> Decoded | ItemFailed:
+    """A (3, height, width) tensor as what `images.decode` gives; an ItemFailed in its place stays."""
     if isinstance(picture, ItemFailed):
-        raise picture
+        return picture
     pixels = np.ascontiguousarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
     return Decoded(pixels, pixels.shape[1], pixels.shape[0])
 
