@@ -38,7 +38,7 @@ _PATIENCE_S = 0.2  # an unfilled batch waits so long for pictures that are being
 _AFFINITY_SHARDS = 16  # of one model in a row, before other jobs are looked at without preference
 _SAMPLE = 8  # pictures that are made ready together to measure a model on
 _LOOK_S = 0.02  # between two looks at orders
-_UNWRITTEN = 4  # shards computed and not yet written: a slow store holds up the claims, not the memory
+_UNWRITTEN = 2  # shards computed and not yet written: a slow store holds up the claims, not the memory
 _CLAIM_S = 0.25  # a claim takes less; where all that is under way is done sooner, the next one is asked for early
 
 
