@@ -197,8 +197,9 @@ def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[
 
 # With executemany the interpreter's lock is let go and taken again for every row, which beside busy threads means to
 # wait for each. On Postgres a COPY, or a pipeline, would be faster; but a client that is frozen in the midst of one
-# keeps its locks for ever: its session waits for data, which counts as busy, and no timeout of the server ends it. A
-# statement comes as one message, and a session that waits for the next one is idle.
+# keeps its locks for ever: its session waits for data, which counts as busy, and no timeout of the server ends it. The
+# rows of a statement are sent all at once, and a session that waits for the next statement is idle. (Left is a client
+# that is frozen while the kernel takes this one message, a fraction of a millisecond.)
 
 
 @lru_cache(maxsize=8 * len(_ROWS))
