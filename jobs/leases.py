@@ -383,6 +383,23 @@ def expire_workers(db: Database, lease_s: float) -> list[str]:
     return db.transact(work)
 
 
+def end_sessions(db: Database, worker_ids: Sequence[str]) -> int:
+    """End the transactions that lost workers have open on Postgres; returns how many.
+
+    A frozen process keeps its locks, and where the server waits for the rest of a message no timeout frees them. One
+    that was only slow does its work again, and finds that its lease is lost.
+    """
+    if db.is_sqlite or not worker_ids:
+        return 0
+    rows = db.query(sa.select(worker.c.host, worker.c.pid).where(worker.c.id.in_(worker_ids)))
+    names = [processes.session_of(row.host, row.pid) for row in rows]
+    theirs = sa.text(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = ANY(:names) AND datname = current_database() AND xact_start IS NOT NULL"
+    )
+    return len(db.query(theirs, {"names": names}))
+
+
 def expire_dead_processes(db: Database) -> list[str]:
     """Declare dead every incarnation whose process is gone from this very host, without waiting for its lease."""
     where = (worker.c.state == LIVE, worker.c.host == processes.host())

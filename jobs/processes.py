@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import uuid
@@ -19,6 +20,15 @@ def host() -> str:
     with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return "/".join(parts)
+
+
+def session_of(place: str, pid: int) -> str:
+    """What the sessions of a process are called in the database; Postgres takes 63 letters.
+
+    Args:
+        place: of the process, as `host` gives it.
+    """
+    return f"imagemill {hashlib.sha256(f'{place}/{pid}'.encode()).hexdigest()[:16]}"
 
 
 def new_name() -> str:

@@ -109,10 +109,15 @@ class Reconciler:
         Not within a lease of a database outage or of a sleep: then nobody could beat, and nobody is to blame.
         """
         if time.monotonic() - self._able_since > self.settings.lease_seconds:
-            for worker_id in leases.expire_workers(self.db, self.settings.lease_seconds):
+            lost = leases.expire_workers(self.db, self.settings.lease_seconds)
+            for worker_id in lost:
                 log.warning(
                     "worker %s has not beaten for %g s; its shards are free", worker_id, self.settings.lease_seconds
                 )
+            try:
+                leases.end_sessions(self.db, lost)
+            except ImagemillError as error:
+                log.warning("what lost workers have open in the database could not be ended: %s", error)
         while leases.expire_shards(self.db, limit=100) == 100:
             pass
 

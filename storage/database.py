@@ -72,11 +72,12 @@ class Database:
         url: sqlite:///path or postgresql://user:password@host/name.
         patience_s: how long a transaction is tried again after the server has not answered, before Unavailable. It
             counts from the first failure: a machine that stood still for longer than that tries again, too.
+        session: what its sessions are called on the server, for others who have to end them.
     """
 
-    def __init__(self, url: str, patience_s: float = 10) -> None:
+    def __init__(self, url: str, patience_s: float = 10, session: str = "imagemill") -> None:
         self.url, self.patience_s = url, patience_s
-        self.engine = _engine(url, patience_s)
+        self.engine = _engine(url, patience_s, session)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         # SQLite has one writer at a time, and lets the others sleep and ask again; threads of one process need not.
         self._turn = threading.Lock() if self.is_sqlite else contextlib.nullcontext()
@@ -198,8 +199,8 @@ def bulk_insert(tx: Tx, table: sa.Table, columns: Sequence[str], rows: Sequence[
 # With executemany the interpreter's lock is let go and taken again for every row, which beside busy threads means to
 # wait for each. On Postgres a COPY, or a pipeline, would be faster; but a client that is frozen in the midst of one
 # keeps its locks for ever: its session waits for data, which counts as busy, and no timeout of the server ends it. The
-# rows of a statement are sent all at once, and a session that waits for the next statement is idle. (Left is a client
-# that is frozen while the kernel takes this one message, a fraction of a millisecond.)
+# rows of a statement are sent all at once, and a session that waits for the next statement is idle. (A client
+# that is frozen while the kernel takes this one message is left to `jobs.leases.end_sessions`.)
 
 
 @lru_cache(maxsize=8 * len(_ROWS))
@@ -236,7 +237,7 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _engine(url: str, patience_s: float) -> sa.Engine:
+def _engine(url: str, patience_s: float, session: str) -> sa.Engine:
     try:
         parsed = sa.make_url(url)
     except (ArgumentError, ValueError):
@@ -245,7 +246,7 @@ def _engine(url: str, patience_s: float) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite" and parsed.database and ":memory:" not in url:
             return _sqlite_engine(parsed, patience_s)
         if parsed.get_backend_name() == "postgresql":
-            return _postgres_engine(parsed)
+            return _postgres_engine(parsed, session)
     except (NoSuchModuleError, ValueError):
         pass
     raise Misconfigured(_expected(url))
@@ -276,7 +277,7 @@ def _sqlite_engine(url: sa.URL, patience_s: float) -> sa.Engine:
     return engine
 
 
-def _postgres_engine(url: sa.URL) -> sa.Engine:
+def _postgres_engine(url: sa.URL, session: str) -> sa.Engine:
     return sa.create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_pre_ping=True,
@@ -288,7 +289,7 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
             "keepalives_interval": 10,
             "keepalives_count": 3,
             "prepare_threshold": None,  # prepared statements break behind PgBouncer in transaction mode
-            "application_name": "imagemill",
+            "application_name": session,
             "options": f"-c lock_timeout=15000 -c statement_timeout=120000 "
             f"-c idle_in_transaction_session_timeout={_IDLE_MS}",
         },

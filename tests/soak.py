@@ -196,7 +196,7 @@ class Soak:
     def cut_backends(self) -> None:
         """Every connection to Postgres is cut, whatever it is doing."""
         self.postgres.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'imagemill'"
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'imagemill%'"
         )
 
     def tired_s3(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from celery import shared_task
 from celery.signals import worker_process_init, worker_process_shutdown
 
-from jobs import queue
+from jobs import processes, queue
 from storage import settings as settings_module
 from storage.database import Database
 from storage.errors import ImagemillError
@@ -60,7 +60,8 @@ def _begin() -> None:
     gc.set_threshold(20_000, 20, 20)
     device = os.environ[DEVICE]
     drain_file = Path(os.environ[DRAIN_FILE])
-    db = Database(settings.database, patience_s=settings.lease_seconds / 2)
+    session = processes.session_of(processes.host(), os.getpid())
+    db = Database(settings.database, patience_s=settings.lease_seconds / 2, session=session)
     incarnation = Incarnation(db, settings, device, os.environ[QUEUE], drain_file.exists)
     store = open_store(settings.store, settings)
     incarnation.start()

@@ -99,7 +99,7 @@ def test_connections_ended_at_random(stack: Stack, server: Postgres, tmp_path: P
     run(stack, "db", "upgrade")
     victim = (
         "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity "
-        "WHERE application_name = 'imagemill' ORDER BY random() LIMIT 1) AS one"
+        "WHERE application_name LIKE 'imagemill%' ORDER BY random() LIMIT 1) AS one"
     )
     with workers(stack, log=tmp_path / "worker.log"), hurting(lambda: server.execute(victim), 0.2) as times:
         run(stack, *annotate(tmp_path / "images", "--param", "delay_ms=100", "--quiet"))

@@ -18,8 +18,10 @@ from sqlalchemy.exc import IntegrityError
 
 from jobs import leases, lifecycle, processes, statements, states
 from jobs.leases import Claim
+from jobs.reconcile import Reconciler
 from storage.database import Database, Tx
 from storage.errors import Conflict, Unavailable
+from storage.settings import Settings
 from storage.tables import event, item, item_label, shard, worker
 from tests.support import (
     actions,
@@ -648,3 +650,26 @@ def _plan(tx: Tx, statement: Any, bound: dict[str, Any]) -> str:
         values = tuple(given[name] for name in compiled.positiontup)
         rows = tx.exec_driver_sql(f"explain query plan {compiled}", values)
     return "\n".join(map(str, rows))
+
+
+def test_a_lost_worker_frozen_within_a_message_keeps_no_lock(postgres_url: str) -> None:
+    """Its session waits for the rest of a COPY, which no timeout of the server ends; others' sessions stay."""
+    assert len(processes.session_of("h" * 200, 2**31)) < 64, "Postgres would cut the name"
+    with opened(postgres_url) as db:
+        me, other = new_worker(db), new_worker(db)
+        own = db.query(sa.select(worker.c.host, worker.c.pid).where(worker.c.id == me))[0]
+        frozen = Database(postgres_url, session=processes.session_of(own.host, own.pid))
+        execute(db, sa.update(worker).where(worker.c.id == other).values(pid=1))
+        with frozen.engine.connect() as connection:
+            raw: Any = connection.connection.driver_connection
+            with pytest.raises(Exception, match="terminating connection"), raw.cursor() as cursor:  # noqa: PT012
+                cursor.execute("UPDATE worker SET model = 'locked' WHERE id = %s", (other,))
+                with cursor.copy("COPY item_label (item_id, label, recipe_id, objects, top_score) FROM STDIN"):
+                    assert leases.end_sessions(db, [other]) == 0
+                    assert leases.end_sessions(db, []) == 0
+                    execute(db, sa.update(worker).where(worker.c.id == me).values(heartbeat_at=0))
+                    Reconciler(db, Settings(lease_seconds=1)).expire()
+                    execute(db, sa.update(worker).where(worker.c.id == other).values(model="free"))
+            connection.invalidate()
+        frozen.close()
+        assert db.query(sa.select(worker.c.model).where(worker.c.id == other))[0].model == "free"
