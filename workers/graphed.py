@@ -17,9 +17,7 @@ log = logging.getLogger("imagemill.worker")
 _AFTER = 3  # calls with the same shapes, before it is worth a capture
 _GRAPHS = 4  # shapes whose graphs are kept, those used last
 _SHAPES = 1000  # that are counted
-_WARM_UPS = (
-    2  # before a capture, as torch's documentation of CUDA graphs asks for; libraries choose kernels in the first
-)
+_WARM_UPS = 2  # before a capture, as torch's documentation asks for; libraries choose their kernels in the first
 _OFF = 1e-2  # of the largest number: more than rounding
 
 Call = Callable[..., tuple[Any, ...]]
