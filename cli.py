@@ -129,7 +129,9 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--device", default="auto", show_default=True, help="auto, cpu or gpu."),
         click.option("--batch", type=int, help="Items in one forward pass; measured, or 8 on a CPU and 32 on a GPU."),
         click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16."),
-        click.option("--runtime", default="auto", show_default=True, help="auto, torch, onnx, openvino or tensorrt."),
+        click.option(
+            "--runtime", default="auto", show_default=True, help="auto, torch, inductor, onnx, openvino or tensorrt."
+        ),
         click.option(
             "--exact", is_flag=True, help="Torch in fp32, however long the job: --runtime torch --precision fp32."
         ),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from storage.errors import BadInput
 
@@ -142,3 +143,12 @@ def _from_nvidia_smi() -> list[Device]:
         return []
     lines = [line.split(", ") for line in answer.stdout.splitlines() if line.startswith("GPU-")]
     return [Device(uuid, name, round(float(mib) / 1024, 1)) for uuid, name, mib in lines]
+
+
+def cpuinfo(name: str) -> str:
+    """A value of the first processor in Linux's list, "" where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

@@ -124,7 +124,7 @@ def build(
         NotRunnable: the runtime cannot run the model's network.
     """
     if runtime == runtimes.FALLBACK or not getattr(runtimes.get(runtime), "BUILDS", True):
-        raise BadInput(f"the runtime {runtime} builds nothing; give one that does, such as --runtime onnx")
+        raise BadInput(f"the runtime {runtime} builds nothing for the fleet; take one that does: --runtime onnx")
     place = devices.find(device)[0]
     os.environ.update(place.environment)
     where = "cpu" if place.id == "cpu" else "cuda"
@@ -202,6 +202,14 @@ class _Noted:
     def export(self, network: Network, precision: str, path: Path) -> None:
         """As of the engines."""
         self._files.export(network, precision, path)
+
+    def compile(self, network: Network, device: str, precision: str, path: Path) -> None:
+        """As of the engines."""
+        self._files.compile(network, device, precision, path)
+
+    def here(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        """As of the engines, and not noted: nothing of it goes into the store."""
+        return self._files.here(about, name, build)
 
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """As of the engines; raises ImagemillError too when the store does not take the file."""

@@ -9,12 +9,14 @@ The digest names everything that the file depends on. Nobody owns the right to b
 whole file of its own, of which engine.json names one. Only changes are looked at, no clocks are compared.
 
 Each machine keeps a folder of the same files, limited in size, whose bytes are compared with their sha256 at every
-use. Where the store does not answer, the machine builds for itself.
+use. Where the store does not answer, the machine builds for itself. Machine code for its processor it builds for
+itself always: whoever may write to the store must not be able to run code on a worker.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -44,6 +46,7 @@ LIMIT_BYTES = 20_000_000_000  # of a machine's folder
 
 _ENTRY = "engine.json"
 _BUILDING = "building"
+_LOCK = ".lock"  # on a machine, of the process that builds what no other machine may give
 _NOTE = "sha256"  # on a machine, the file that holds the sha256 of the one beside it
 
 
@@ -92,6 +95,7 @@ class Engines:
         folder: of this machine, shared by its processes.
         model: what a network depends on besides its name.
         export: writes a network to an ONNX file in a precision, as workers.onnxgraph.export does.
+        compile: writes it as workers.runtimes.inductor.compile does.
         moving: called every few seconds of building and waiting, to show that the process lives.
     """
 
@@ -101,18 +105,23 @@ class Engines:
         folder: Path,
         model: Mapping[str, str],
         export: Callable[[Network, str, Path], None],
+        compile: Callable[[Network, str, str, Path], None],
         moving: Callable[[], None] = lambda: None,
         limit_bytes: int = LIMIT_BYTES,
         pace: Pace = Pace(),
     ) -> None:
         self.model = model
-        self._export = export
+        self._export, self._compile = export, compile
         self._store, self._folder, self._moving = store, folder, moving
         self._limit, self._pace = limit_bytes, pace
 
     def export(self, network: Network, precision: str, path: Path) -> None:
         """Write a network to an ONNX file. Raises NotRunnable."""
         self._export(network, precision, path)
+
+    def compile(self, network: Network, device: str, precision: str, path: Path) -> None:
+        """Write a network as compiled for a device. Raises NotRunnable."""
+        self._compile(network, device, precision, path)
 
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """The local file that `build(path)` writes, or has written for somebody in the fleet.
@@ -126,7 +135,19 @@ class Engines:
         path.parent.mkdir(parents=True, exist_ok=True)
         entry = self._wait(digest)
         if entry is None or not self._fetch(entry, path):
-            self._build(digest, about, path, build)
+            with self._announced(digest):
+                self._build(path, build, functools.partial(self._publish, digest, path.name, about))
+        self._make_room(path.parent)
+        return path
+
+    def here(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        """As `get`, without the store: one process of this machine builds, and the others wait for it."""
+        path = self._folder / digest_of(about) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._only_one(path.parent / _LOCK):
+            if not self._is_whole(path):
+                with self._meanwhile(lambda count: None):
+                    self._build(path, build, lambda temporary, sha256: None)
         self._make_room(path.parent)
         return path
 
@@ -150,6 +171,19 @@ class Engines:
             with contextlib.suppress(OSError):  # another process is making room
                 os.utime(path.parent)
         return whole
+
+    @contextlib.contextmanager
+    def _only_one(self, lock: Path) -> Iterator[None]:
+        """While no other process of this machine is in it; one that dies leaves it."""
+        with lock.open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self._moving()
+                    time.sleep(self._pace.look)
+            yield
 
     def _keep(self, temporary: Path, path: Path, sha256: str) -> None:
         os.replace(temporary, path)
@@ -210,15 +244,19 @@ class Engines:
             temporary.unlink(missing_ok=True)
         return True
 
-    def _build(self, digest: str, about: Mapping[str, str], path: Path, build: Callable[[Path], None]) -> None:
+    def _build(self, path: Path, build: Callable[[Path], None], publish: Callable[[Path, str], None]) -> None:
+        """Build and keep a file here.
+
+        Args:
+            publish: called with the file that was built, under another name, and its sha256.
+        """
         started = time.monotonic()
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            with self._announced(digest):
-                build(temporary)
-                sha256 = sha256_of(temporary)
-                log.info("built %s in %.0f s", path.name, time.monotonic() - started)
-                self._publish(Entry(digest, path.name, about, temporary.stat().st_size, sha256), temporary)
+            build(temporary)
+            sha256 = sha256_of(temporary)
+            log.info("built %s in %.0f s", path.name, time.monotonic() - started)
+            publish(temporary, sha256)
             self._keep(temporary, path, sha256)
         except OSError as error:
             raise Misconfigured(
@@ -227,11 +265,11 @@ class Engines:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _publish(self, entry: Entry, path: Path) -> None:
+    def _publish(self, digest: str, name: str, about: Mapping[str, str], path: Path, sha256: str) -> None:
         try:
-            self._put(entry, path)
+            self._put(Entry(digest, name, about, path.stat().st_size, sha256), path)
         except ImagemillError as error:
-            log.warning("engine %s could not be kept for the fleet: %s", entry.name, error)
+            log.warning("engine %s could not be kept for the fleet: %s", name, error)
 
     def _put(self, entry: Entry, path: Path) -> None:
         shown: dict[str, Any] = {
@@ -246,21 +284,32 @@ class Engines:
     @contextlib.contextmanager
     def _announced(self, digest: str) -> Iterator[None]:
         """Say in the store that somebody builds, over and over, until it is done or this process dies."""
-        key, done = f"{FOLDER}{digest}/{_BUILDING}", threading.Event()
-        owner = uuid.uuid4().hex
+        key, owner = f"{FOLDER}{digest}/{_BUILDING}", uuid.uuid4().hex
 
         def announce(count: int) -> None:
             with contextlib.suppress(ImagemillError):  # then others build too, which is allowed
                 self._store.put(key, f"{owner} {count}".encode())
 
+        announce(0)
+        try:
+            with self._meanwhile(announce):
+                yield
+        finally:
+            with contextlib.suppress(ImagemillError):
+                self._store.delete([key])
+
+    @contextlib.contextmanager
+    def _meanwhile(self, tell: Callable[[int], None]) -> Iterator[None]:
+        """Show every few seconds that the process lives, and call `tell` with the number of the time, from 1 on."""
+        done = threading.Event()
+
         def go_on() -> None:
             count = 1
             while not done.wait(self._pace.renew):
-                announce(count)
+                tell(count)
                 self._moving()
                 count += 1
 
-        announce(0)
         thread = threading.Thread(target=go_on, name="building", daemon=True)
         thread.start()
         try:
@@ -268,8 +317,6 @@ class Engines:
         finally:
             done.set()
             thread.join()
-            with contextlib.suppress(ImagemillError):
-                self._store.delete([key])
 
 
 def of_spec(
@@ -295,7 +342,8 @@ def of_spec(
         "params": json.dumps(dict(spec.params), sort_keys=True),
     }
     export = functools.partial(exporting.export_alone if alone else exporting.export, spec, weights)
-    return Engines(store, folder_of(settings), model, export, moving, pace=pace)
+    compile = functools.partial(exporting.compile, spec, weights)
+    return Engines(store, folder_of(settings), model, export, compile, moving, pace=pace)
 
 
 def folder_of(settings: Settings) -> Path:

@@ -1,4 +1,4 @@
-"""Exports a model's networks to ONNX, in a child process wherever this one may compute meanwhile.
+"""Exports a model's networks to ONNX, or compiles them, in a child process wherever this one may compute meanwhile.
 
 While torch exports a module it replaces the call of every module in the process, so that a model that computes in
 another thread meanwhile fails. A child loads the model again, on the CPU, and has the process to itself.
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,36 @@ def export(spec: JobSpec, weights: Path | None, network: Network, precision: str
     Raises:
         NotRunnable: it cannot be exported, or the file does not compute what torch does.
     """
+    _in_child(spec, weights, network, {"to": "onnx", "precision": precision, "path": str(path)})
+
+
+def compile(spec: JobSpec, weights: Path | None, network: Network, device: str, precision: str, path: Path) -> None:
+    """Compile one of a model's networks, as workers.runtimes.inductor does, for a device that the child has too.
+
+    Raises:
+        NotRunnable: it cannot be compiled, or does not compute then what torch does.
+    """
+    made = {"to": "inductor", "device": device, "precision": precision, "path": str(path)}
+    _in_child(spec, weights, network, made)
+
+
+def _in_child(spec: JobSpec, weights: Path | None, network: Network, made: Mapping[str, str]) -> None:
+    """Have a child make a file.
+
+    Args:
+        made: "to": "onnx" or "inductor", and what the file depends on besides the network.
+    """
     import torch
 
     asked = {
+        **made,
         "spec": spec.to_json(),
         "weights": str(weights) if weights else "",
         "network": network.name,
-        "precision": precision,
-        "path": str(path),
         "threads": torch.get_num_threads(),
     }
+    # An export needs no GPU, whose memory the child would take a part of.
+    hidden = {} if made.get("device", "cpu") != "cpu" else {"CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", _CODE],
@@ -51,18 +72,20 @@ def export(spec: JobSpec, weights: Path | None, network: Network, precision: str
             capture_output=True,
             text=True,
             errors="replace",
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, **hidden},
             timeout=_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = one_line(str(error), 300)
-        raise NotRunnable(f"the network {network.name} was not exported to ONNX: {reason}") from error
+        raise NotRunnable(f"the network {network.name} was not brought to {made['to']}: {reason}") from error
     if done.returncode == 0:
         return
     said = done.stdout.strip().rpartition("\n")[2]
     if not said.startswith(_SAYS):
-        said = f"the network {network.name} was not exported to ONNX: exit {done.returncode}, {done.stderr[-300:]}"
+        said = (
+            f"the network {network.name} was not brought to {made['to']}: exit {done.returncode}, {done.stderr[-300:]}"
+        )
     raise NotRunnable(one_line(said.removeprefix(_SAYS), 500))
 
 
@@ -81,14 +104,14 @@ def main() -> None:
     """The child: reads what is asked from its standard input; exit status 0, or 1 with a last line that says why."""
     asked: dict[str, Any] = json.loads(sys.stdin.read())
     try:
-        _export(asked)
+        _make(asked)
     except ImagemillError as error:
         print(f"\n{_SAYS}{one_line(str(error))}", flush=True)
         os._exit(1)
     os._exit(0)  # taking torch apart takes two seconds more
 
 
-def _export(asked: dict[str, Any]) -> None:
+def _make(asked: dict[str, Any]) -> None:
     import torch
 
     from workers import runtimes
@@ -109,4 +132,8 @@ def _export(asked: dict[str, Any]) -> None:
     model.close()
     if asked["network"] not in found:
         raise NotRunnable(f"the model has no network {asked['network']!r}; it has: {', '.join(found)}")
-    onnxgraph.export(found[asked["network"]], asked["precision"], Path(asked["path"]))
+    network, path = found[asked["network"]], Path(asked["path"])
+    if asked["to"] == "onnx":
+        onnxgraph.export(network, asked["precision"], path)
+    else:
+        runtimes.get(asked["to"]).compile(network, asked["device"], asked["precision"], path)

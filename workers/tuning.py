@@ -17,14 +17,13 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jobs.choices import Choice
 from jobs.spec import AUTO, JobSpec
 from storage import results
 from storage.errors import ImagemillError, ItemFailed, one_line
-from workers import batches, provenance, runtimes
+from workers import batches, devices, provenance, runtimes
 from workers.batches import BatchSize
 from workers.loaded import Loaded
 from workers.models import Model, Prepared
@@ -117,16 +116,7 @@ def name_of(device: str) -> str:
 
 
 def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(name: str) -> str:
-    """A value of the first processor in Linux's list, "" where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+    return devices.cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def candidates(spec: JobSpec, device: str) -> list[tuple[str, str]]:
@@ -134,7 +124,7 @@ def candidates(spec: JobSpec, device: str) -> list[tuple[str, str]]:
 
     fp16 is left out on a CPU, which computes it by way of fp32, and so is bf16 on one that is known to do that too.
     """
-    flags = _cpuinfo("flags") if device == "cpu" else ""
+    flags = devices.cpuinfo("flags") if device == "cpu" else ""
     slow = {"fp16"} | ({"bf16"} if flags and "bf16" not in flags else set()) if device == "cpu" else set()
     found = [
         (name, precision)
@@ -234,7 +224,8 @@ class Tuning:
         self._rival = rival
 
     def _try(self, candidate: Measured) -> None:
-        if time.monotonic() + self._least_s(candidate.batch) > self._until:
+        start_s: float = getattr(runtimes.get(candidate.runtime), "START_S", 0.0)
+        if time.monotonic() + start_s + self._least_s(candidate.batch) > self._until:
             measured = dataclasses.replace(candidate, refused="no time was left to measure it")
         else:
             measured = self._measured(candidate)

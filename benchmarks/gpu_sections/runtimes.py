@@ -1,4 +1,4 @@
-"""The section on ONNX Runtime, OpenVINO and TensorRT: whether they run, agree with torch, and how fast they are."""
+"""The section on Inductor, ONNX Runtime, OpenVINO, TensorRT: whether they run, agree with torch, how fast they are."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ class Files:
         with shared.quiet():
             onnxgraph.export(network, precision, path)
 
+    def compile(self, network: Any, device: str, precision: str, path: Path) -> None:
+        """In this process too."""
+        from workers.runtimes import inductor
+
+        with shared.quiet():
+            inductor.compile(network, device, precision, path)
+
+    def here(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        """As any other."""
+        return self.get(about, name, build)
+
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """Built once."""
         key = tuple(sorted(about.items()))
@@ -49,6 +60,8 @@ def run(bench: Bench) -> None:
     from workers import runtimes
 
     there = [name for name in runtimes.names() if name != "torch" and runtimes.precisions(name, bench.device)]
+    if bench.quick:
+        there.remove("inductor")  # it compiles for a minute, each network in each precision
     bench.say(f"On this device: {', '.join(there)}. Precisions and batches as a job would ask for them.")
     if "tensorrt" in there:
         bench.say(f"TensorRT is here as: {provider()}.")

@@ -42,7 +42,7 @@ def put(store: Store, about: Mapping[str, str], name: str = "a.onnx", data: byte
         path.write_bytes(data)
 
     folder = Path(store.url.removeprefix("file://")).parent / "elsewhere"
-    Engines(store, folder, {}, lambda *given: None, pace=QUICK).get(about, name, build)
+    Engines(store, folder, {}, lambda *given: None, lambda *given: None, pace=QUICK).get(about, name, build)
     return engines.digest_of(about)
 
 
@@ -249,7 +249,7 @@ def test_another_machine_waits_for_who_builds(fleet: Fleet, store: Store, tmp_pa
         time.sleep(4)  # longer than what makes a builder that says nothing dead
         path.write_bytes(whole)
 
-    other = Engines(store, tmp_path / "other", {}, lambda *given: None, pace=pace)
+    other = Engines(store, tmp_path / "other", {}, lambda *given: None, lambda *given: None, pace=pace)
     thread = threading.Thread(target=other.get, args=(entry.about, entry.name, slow))
     thread.start()
     assert started.wait(10)
@@ -280,8 +280,8 @@ def test_it_goes_on_where_a_builder_died(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"runtime": "torch"}, "the runtime torch builds nothing"),
-        ({"runtime": "nonsense"}, "unknown runtime 'nonsense'; known: onnx"),
+        ({"runtime": "torch"}, "the runtime torch builds nothing for the fleet"),
+        ({"runtime": "nonsense"}, "unknown runtime 'nonsense'; known: inductor, onnx"),
         ({"precision": "bf16"}, "the runtime onnx runs in fp32 on cpu, but bf16 was asked for"),
         ({"precision": "int4"}, "unknown precision 'int4'"),
         ({"runtime": "tensorrt"}, "the runtime tensorrt does not run on cpu"),

@@ -21,7 +21,7 @@ from storage.settings import load
 from tests.times import soon
 from workers import engines, onnxgraph
 from workers.engines import Engines, Pace
-from workers.runtimes import NotRunnable
+from workers.runtimes import NotRunnable, inductor
 
 ABOUT = {"network": "two", "shapes": "1x3x8x8"}
 QUICK = Pace(renew=0.02, dead=0.4, patience=20, look=0.02)
@@ -33,7 +33,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def machine(store: Store, folder: Path, limit_bytes: int = engines.LIMIT_BYTES, pace: Pace = QUICK) -> Engines:
-    return Engines(store, folder, {"weights": "w"}, onnxgraph.export, limit_bytes=limit_bytes, pace=pace)
+    return Engines(
+        store, folder, {"weights": "w"}, onnxgraph.export, inductor.compile, limit_bytes=limit_bytes, pace=pace
+    )
 
 
 def writes(data: bytes, calls: list[bytes] | None = None) -> Callable[[Path], None]:
@@ -117,7 +119,7 @@ def build(path):
     print("building", flush=True)
     time.sleep(60)
 store = open_store({store.url!r}, load())
-here = Engines(store, Path({str(tmp_path / "shared")!r}), {{}}, print, pace=Pace(0.02, 0.4, 20, 0.02))
+here = Engines(store, Path({str(tmp_path / "shared")!r}), {{}}, print, print, pace=Pace(0.02, 0.4, 20, 0.02))
 here.get({ABOUT!r}, "a", build)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
@@ -155,6 +157,7 @@ def test_who_waits_shows_that_it_lives_and_loses_patience(store: Store, tmp_path
             tmp_path / "one",
             {},
             onnxgraph.export,
+            inductor.compile,
             lambda: moved.append(0),
             pace=Pace(renew=9, dead=9, patience=0.5, look=0.05),
         )
@@ -167,7 +170,7 @@ def test_who_waits_shows_that_it_lives_and_loses_patience(store: Store, tmp_path
 
 def test_who_builds_shows_that_it_lives(store: Store, tmp_path: Path) -> None:
     moved: list[float] = []
-    here = Engines(store, tmp_path / "one", {}, onnxgraph.export, lambda: moved.append(0), pace=QUICK)
+    here = Engines(store, tmp_path / "one", {}, onnxgraph.export, inductor.compile, lambda: moved.append(0), pace=QUICK)
 
     def slow(path: Path) -> None:
         time.sleep(0.3)

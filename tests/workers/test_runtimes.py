@@ -31,7 +31,7 @@ from workers import exporting, models, onnxcuda, onnxgraph, runtimes, ultralytic
 from workers.engines import Engines
 from workers.loaded import Models
 from workers.models import Item, Site
-from workers.runtimes import PRECISIONS, Network, NotRunnable, tensorrt
+from workers.runtimes import PRECISIONS, Network, NotRunnable, inductor, tensorrt
 from workers.runtimes import onnx as onnx_runtime
 from workers.runtimes import torch as torch_runtime
 
@@ -44,6 +44,13 @@ PAIRS = [
     for name in HERE
     for precision in runtimes.precisions(name, "cpu")
     if _BF16 or (name, precision) != ("openvino", "bf16")
+    if name != "inductor" or precision == "fp32"  # each compilation takes long
+]
+MORE = [
+    pytest.param(name, other, marks=pytest.mark.slow)
+    for name in HERE
+    if name == "inductor"
+    for other in ("bf16", "fp16")
 ]
 # Those that make a file of a network first; a runtime that does not says so with BUILDS = False.
 BUILDERS = [name for name in HERE if name != "torch" and getattr(runtimes.get(name), "BUILDS", True)]
@@ -60,6 +67,12 @@ class Kept:
 
     def export(self, network: Network, precision: str, path: Path) -> None:
         onnxgraph.export(network, precision, path)
+
+    def compile(self, network: Network, device: str, precision: str, path: Path) -> None:
+        inductor.compile(network, device, precision, path)
+
+    def here(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        return self.get(about, name, build)
 
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         key = tuple(sorted(about.items()))
@@ -118,7 +131,7 @@ def copied() -> Two:
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert {"onnx", "openvino", "tensorrt", "torch"} <= set(runtimes.names())
+    assert {"inductor", "onnx", "openvino", "tensorrt", "torch"} <= set(runtimes.names())
     assert runtimes.get("torch") is not None
     assert runtimes.get("torch").installed()
     with pytest.raises(BadInput, match=r"unknown runtime 'cuda'; known: .*torch"):
@@ -147,7 +160,7 @@ def opened(name: str, net: Network, precision: str, files: Any) -> runtimes.Sess
     return runtimes.open_network(name, net, "cpu", precision, files)
 
 
-@pytest.mark.parametrize(("name", "precision"), PAIRS)
+@pytest.mark.parametrize(("name", "precision"), [*PAIRS, *MORE])
 def test_the_same_numbers_as_torch_whatever_the_batch_and_the_size(name: str, precision: str, files: Kept) -> None:
     session = opened(name, network(copied), precision, files)
     for shape in ((1, 3, 8, 8), (3, 3, 12, 20), (8, 3, 7, 5), (1, 3, 1, 1)):
@@ -192,7 +205,8 @@ def test_not_a_number_comes_out_as_such(name: str, files: Kept) -> None:
 def test_the_runtimes_share_one_file(tmp_path: Path) -> None:
     files = Kept(tmp_path)
     for name, precision in PAIRS:
-        opened(name, network(copied), precision, files)
+        if name in BUILDERS:
+            opened(name, network(copied), precision, files)
     assert files.built == 1
 
 
@@ -246,7 +260,7 @@ def test_a_wrong_export_is_noticed_and_not_kept(name: str, tmp_path: Path, monke
     net = Network("sly", Sly, {"x": torch.zeros(2, 3)}, ("y",), {"x": {0: "batch"}, "y": {0: "batch"}})
     store = open_store((tmp_path / "store").as_uri(), load())
     with pytest.raises(NotRunnable, match=r"differs by up to 0\.00\d+ in y"):
-        opened(name, net, "fp32", Engines(store, tmp_path / "cache", {}, onnxgraph.export))
+        opened(name, net, "fp32", Engines(store, tmp_path / "cache", {}, onnxgraph.export, inductor.compile))
     assert list(store.list()) == []
 
 
@@ -305,9 +319,13 @@ def test_half_precision_is_exported_and_compared(tmp_path: Path) -> None:
 
 
 def test_a_combination_that_cannot_be_names_those_that_can() -> None:
-    with pytest.raises(BadInput, match=r"onnx runs in fp32 on cpu, but bf16 was asked for; .*: openvino, torch"):
+    with pytest.raises(
+        BadInput, match=r"onnx runs in fp32 on cpu, but bf16 was asked for; .*: inductor, openvino, torch"
+    ):
         runtimes.check("onnx", "cpu", "bf16")
-    with pytest.raises(BadInput, match=r"openvino does not run on cuda:0, but fp16 .*: onnx, tensorrt, torch"):
+    with pytest.raises(
+        BadInput, match=r"openvino does not run on cuda:0, but fp16 .*: inductor, onnx, tensorrt, torch"
+    ):
         runtimes.check("openvino", "cuda:0", "fp16")
     with pytest.raises(BadInput, match="unknown precision 'int8'; known: fp32, bf16, fp16"):
         runtimes.check("torch", "cpu", "int8")
@@ -408,7 +426,20 @@ def _inputs(net: Network, batch: int, grown: int) -> dict[str, torch.Tensor]:
 def test_real_networks_give_in_every_runtime_what_torch_gives(real: Network, files: Kept) -> None:
     """At batches of 1, 3 and 8, tall and wide."""
     exact = torch_runtime.open(real, "cpu", "fp32")
-    sessions = {pair: opened(pair[0], real, pair[1], files) for pair in PAIRS if pair != ("torch", "fp32")}
+    pairs = [pair for pair in PAIRS if pair != ("torch", "fp32") and pair[0] != "inductor"]
+    _agree(real, {pair: opened(pair[0], real, pair[1], files) for pair in pairs}, exact)
+
+
+@pytest.mark.slow
+def test_real_networks_give_as_they_are_compiled_what_torch_gives(real: Network, files: Kept) -> None:
+    """In each precision; each compilation takes a minute."""
+    if "inductor" not in HERE:
+        pytest.skip("there is no C++ compiler")
+    exact = torch_runtime.open(real, "cpu", "fp32")
+    _agree(real, {("inductor", one): opened("inductor", real, one, files) for one in PRECISIONS}, exact)
+
+
+def _agree(real: Network, sessions: Mapping[tuple[str, str], runtimes.Session], exact: runtimes.Session) -> None:
     for batch, grown in ((1, 0), (3, 1), (8, -1 if "yolo" in real.name else 0)):
         inputs = _inputs(real, batch, grown)
         right = exact(**inputs)

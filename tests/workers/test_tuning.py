@@ -17,7 +17,7 @@ from jobs.spec import AUTO, JobSpec
 from storage.errors import ItemFailed, Misconfigured
 from storage.results import detections
 from tests import flow
-from workers import tuning
+from workers import devices, tuning
 from workers.batches import BatchSize
 from workers.loaded import Loaded
 from workers.models import Prepared
@@ -75,7 +75,7 @@ def tuned(ways: dict[tuple[str, str], Timed], spec: JobSpec = SPEC, budget_s: fl
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short measurements, and a CPU that computes in bf16, whichever this is."""
     monkeypatch.setattr(tuning, "_MEASURE_S", 0.05)
-    monkeypatch.setattr(tuning, "_cpuinfo", lambda name: "")
+    monkeypatch.setattr(devices, "cpuinfo", lambda name: "")
 
 
 def test_the_fastest_that_agrees_is_taken() -> None:
@@ -215,7 +215,7 @@ def test_without_measuring_open_questions_have_plain_answers(given: dict[str, An
 
 
 def test_slow_precisions_are_not_measured_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_cpuinfo", lambda name: "fpu avx2")
+    monkeypatch.setattr(devices, "cpuinfo", lambda name: "fpu avx2")
     assert {precision for _, precision in tuning.candidates(SPEC, "cpu")} == {"fp32"}
     asked = tuning.candidates(dataclasses.replace(SPEC, precision="bf16"), "cpu")
     assert ("torch", "bf16") in asked

@@ -5,7 +5,10 @@ A runtime's file defines
     open(network, device, precision, files) -> Session     torch, which builds no files, takes none
     installed() -> bool
     RUNS: Mapping[str, tuple[str, ...]]                     device -> precisions; torch, which runs all, has none
-    EXTRA: str                                              the extras of the package that bring its libraries
+    EXTRA: str                                              the extras of the package that bring its libraries, or
+    INSTALL: str                                            the command that brings what is lacking
+    BUILDS: bool                                            whether it makes files for the fleet; True where not said
+    START_S: float                                          that it takes to start at least; 0 where not said
 
 `open` raises NotRunnable when the runtime cannot run this network; torch can run every one that has a module.
 """
@@ -55,6 +58,15 @@ class Network:
     onnx: Path | None = None
     engine: Path | None = None
 
+    def about(self) -> dict[str, str]:
+        """What a file that is made of it depends on, besides its model."""
+        return {
+            "network": self.name,
+            "inputs": "; ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self.example.items()),
+            "outputs": ", ".join(self.outputs),
+            "axes": "; ".join(f"{name} {dict(axes)}" for name, axes in sorted(self.dynamic_axes.items())),
+        }
+
 
 class Session(Protocol):
     """A network ready to run: tensors on the device in, tensors on the device out."""
@@ -75,6 +87,10 @@ class Files(Protocol):
         """What workers.onnxgraph.export does, where no other thread is disturbed by it."""
         ...
 
+    def compile(self, network: Network, device: str, precision: str, path: Path) -> None:
+        """What workers.runtimes.inductor.compile does, where no other thread is disturbed by it."""
+        ...
+
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """The local file that `build(path)` writes, or has written somewhere before.
 
@@ -82,6 +98,10 @@ class Files(Protocol):
             about: everything that the file's content depends on; another value is another file.
             name: of the file, for people.
         """
+        ...
+
+    def here(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        """As `get`, for this machine alone: of code for its processor, which nobody takes from others."""
         ...
 
 
@@ -121,6 +141,11 @@ def check(name: str, device: str, precision: str) -> None:
     raise BadInput(f"the runtime {name} {where}, but {precision} was asked for; {precision} runs with: {others}")
 
 
+def _remedy(runtime: ModuleType) -> str:
+    extra = getattr(runtime, "EXTRA", "")
+    return f"pip install 'imagemill[{extra}]'" if extra else str(runtime.INSTALL)
+
+
 def open_network(name: str, network: Network, device: str, precision: str, files: Files) -> Session:
     """Open a network in a runtime.
 
@@ -132,10 +157,7 @@ def open_network(name: str, network: Network, device: str, precision: str, files
     check(name, device, precision)
     runtime = get(name)
     if not runtime.installed():
-        extra = getattr(runtime, "EXTRA", "worker")
-        raise Misconfigured(
-            f"the runtime {name} is not installed here; install it with: pip install 'imagemill[{extra}]'"
-        )
+        raise Misconfigured(f"the runtime {name} is not installed here; install it with: {_remedy(runtime)}")
     if name == "torch":
         session: Session = runtime.open(network, device, precision)
         return session
