@@ -84,6 +84,16 @@ class _Built:
 
         onnxgraph.export(network, precision, path)
 
+    def compile(self, network: Any, device: str, precision: str, path: Path) -> None:
+        """Nor a compilation."""
+        from workers.runtimes import inductor
+
+        inductor.compile(network, device, precision, path)
+
+    def here(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
+        """As any other."""
+        return self.get(about, name, build)
+
     def get(self, about: Mapping[str, str], name: str, build: Callable[[Path], None]) -> Path:
         """The file that `build` writes, or wrote."""
         digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()

@@ -32,6 +32,7 @@ from workers import tuning
 
 KINDS = (("torch", "fp32"), ("torch", "bf16"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 FP32 = tuple(kind for kind in KINDS if kind[1] == "fp32")
+COMPILED = ("inductor", "fp32")  # its forward pass only; compiling takes a minute in the first round
 _SHARDS = 320  # of items without pictures, at the most: small ones take long enough
 BENCH_PYTHON = common.ROOT / ".venv-bench" / "bin" / "python"
 
@@ -48,7 +49,7 @@ class Plan:
         waiting: items of a job of 2 x 2 pictures, also on a device that works beside the processor.
         seconds: for each part.
         names: workloads.
-        kinds: (runtime, precision).
+        kinds: (runtime, precision), those that imagemill runs in, too, and those that it does not.
         shard_sizes: of imagemill's jobs without a network; the others are of the first size.
         large_shards: also, of items without pictures.
     """
@@ -61,6 +62,7 @@ class Plan:
     seconds: float = 6
     names: tuple[str, ...] = ("yolov8n", "dinov2", "stub")
     kinds: tuple[tuple[str, str], ...] = KINDS if common.has_bf16() else FP32
+    forward_only: tuple[tuple[str, str], ...] = (COMPILED,)
     shard_sizes: tuple[int, ...] = (64, 1024)
     large_shards: int = 4096
 
@@ -72,7 +74,15 @@ class Plan:
 ALL = Plan(names=tuple(workloads.WORKLOADS), kinds=KINDS)
 _FEW = ("yolov8n", "stub")
 QUICK = Plan(
-    rounds=1, pictures=16, peer_pictures=16, tiny=1000, waiting=256, seconds=0.2, names=_FEW, shard_sizes=(64,)
+    rounds=1,
+    pictures=16,
+    peer_pictures=16,
+    tiny=1000,
+    waiting=256,
+    seconds=0.2,
+    names=_FEW,
+    shard_sizes=(64,),
+    forward_only=(),
 )
 
 
@@ -135,14 +145,15 @@ def _with_a_network(workload: str, folder: Path, mill: Mill, plan: Plan) -> list
     _, kind, weights = workloads.WORKLOADS[workload]
     brief = ("--workload", workload, "--seconds", plan.seconds)
     found = [Measure(workload, "prepare", "", "", _child("parts.py", "prepare", folder, *brief))]
-    for runtime, precision in plan.kinds if weights else ():
+    for runtime, precision in (*plan.forward_only, *plan.kinds) if weights else ():
         how = ("--runtime", runtime, "--precision", precision)
         forward = _child("parts.py", "forward", folder, *brief, *how)
         batch = tuning.USUAL_BATCH["cpu"]
         options = {"precision": precision, "batch": batch, "shard_size": plan.shard_sizes[0]}
         job = functools.partial(_warm_job, mill, kind, folder, str(folder / weights), {"runtime": runtime, **options})
         found.append(Measure(workload, "forward", f"{runtime} {precision}", precision, forward))
-        found.append(Measure(workload, "imagemill", f"{runtime} {precision}", precision, job))
+        if (runtime, precision) in plan.kinds:
+            found.append(Measure(workload, "imagemill", f"{runtime} {precision}", precision, job))
     return found
 
 
