@@ -130,7 +130,10 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--batch", type=int, help="Items in one forward pass; measured, or 8 on a CPU and 32 on a GPU."),
         click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16."),
         click.option(
-            "--runtime", default="auto", show_default=True, help="auto, torch, inductor, onnx, openvino or tensorrt."
+            "--runtime",
+            default="auto",
+            show_default=True,
+            help="auto, torch, onnx, openvino, tensorrt or inductor.",
         ),
         click.option(
             "--exact", is_flag=True, help="Torch in fp32, however long the job: --runtime torch --precision fp32."
@@ -456,6 +459,8 @@ def status(job: str, as_json: bool) -> None:
     click.echo(f"  planned    {found.planned} images ({found.fresh} fresh, {found.pruned} pruned{twice})")
     click.echo(f"  committed  {found.results} results + {found.failures} failures")
     click.echo(f"  live       {found.live} finished, not committed yet, on {found.workers} workers")
+    if found.doing:
+        click.echo(f"  doing      {found.doing}")
     click.echo(f"  rate       {found.rate:.1f} images/s" + _time_left(found.time_left_s))
     shards = ", ".join(f"{count} {state}" for state, count in sorted(found.shards.items())) or "none"
     click.echo(f"  shards     {shards}; {found.crashes} crashes, {found.errors} errors")
@@ -922,7 +927,7 @@ def workers(everyone: bool, as_json: bool) -> None:
     for row in rows:
         click.echo(
             f"{row.id[:8]:<10} {row.name:<28} {row.state:<6} {row.queue:<8} {row.rate:>9.1f} "
-            f"{row.heartbeat_age_s:>6.1f}s  {row.model}"
+            f"{row.heartbeat_age_s:>6.1f}s  {row.doing or row.model}"
         )
 
 
@@ -982,7 +987,9 @@ def tune(model: str, source: str, kind: str | None, device: str, extra: tuple[st
             on_download=show.download,
         )
         tell = (lambda measured: None) if as_json else (lambda measured: click.echo(f"  {tuning.shown(measured)}"))
-        best, found = tunenow.tune(home.db, home.store, home.settings, spec, tell)
+        started = time.monotonic()
+        building = lambda: show.building(f"for {spec.model}", time.monotonic() - started)  # noqa: E731
+        best, found = tunenow.tune(home.db, home.store, home.settings, spec, tell, building)
     if as_json:
         _print_json({"chosen": dataclasses.asdict(best), "measured": [dataclasses.asdict(one) for one in found]})
         return
@@ -1198,7 +1205,8 @@ class _Show:
     def status(self, status: Status) -> None:
         """While the job runs."""
         text = f"{status.done}/{status.planned} images  {status.rate:.1f}/s{_time_left(status.time_left_s)}"
-        self._line(text + f"  {status.failures} failed", status.done, status.planned)
+        doing = f"  {status.doing}" * bool(status.doing)
+        self._line(text + f"  {status.failures} failed{doing}", status.done, status.planned)
 
     def _line(self, text: str, done: int | None, total: int | None) -> None:
         if self.quiet:

@@ -32,7 +32,7 @@ from workers import tuning
 
 KINDS = (("torch", "fp32"), ("torch", "bf16"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 FP32 = tuple(kind for kind in KINDS if kind[1] == "fp32")
-COMPILED = ("inductor", "fp32")  # its forward pass only; compiling takes a minute in the first round
+COMPILED = ("inductor", "fp32")  # its forward pass: jobs take it on GPUs only; the first round compiles for a minute
 _SHARDS = 320  # of items without pictures, at the most: small ones take long enough
 BENCH_PYTHON = common.ROOT / ".venv-bench" / "bin" / "python"
 

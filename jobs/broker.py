@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from jobs import queue
+from jobs import processes, queue
 from storage.errors import ImagemillError, Misconfigured
 from storage.settings import Settings
 
@@ -85,7 +84,7 @@ def _start(settings: Settings) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C reaches us, who stop it last
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=functools.partial(processes.end_with_parent, signal.SIGTERM),
     )
     deadline = time.monotonic() + _START_S
     while not _answers(settings):
@@ -111,7 +110,3 @@ def _private_folder(folder: Path) -> None:
     if folder.stat().st_uid != os.getuid():
         raise Misconfigured(f"{folder} belongs to another user; remove it or set IMAGEMILL_HOME")
     folder.chmod(0o700)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -186,13 +186,23 @@ def _claim(tx: Tx, row: Any) -> Claim:
     )
 
 
-def beat(db: Database, worker_id: str, *, progress: Mapping[int, int], items: int, rate: float, model: str) -> Orders:
+def beat(
+    db: Database,
+    worker_id: str,
+    *,
+    progress: Mapping[int, int],
+    items: int,
+    rate: float,
+    model: str,
+    doing: str = "",
+) -> Orders:
     """Renew every lease of this worker, record its progress, and ask for orders.
 
     Args:
         progress: shard id -> items finished but not committed.
         items: finished since the worker started.
         rate: items a second, lately.
+        doing: what else it does while no item gets done, for people.
     """
 
     def work(tx: Tx) -> Orders:
@@ -202,6 +212,7 @@ def beat(db: Database, worker_id: str, *, progress: Mapping[int, int], items: in
             "done_items": items,
             "rate": rate,
             "model": model,
+            "doing": doing,
         }
         mine = sa.and_(worker.c.id == worker_id, worker.c.state == LIVE)
         row = tx.execute(sa.update(worker).where(mine).values(**values).returning(worker.c.desired)).first()

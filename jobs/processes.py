@@ -1,14 +1,19 @@
-"""Names of processes that can be told dead from beside them: where their pid means something, the pid, and a nonce."""
+"""Names of processes by which one beside them can tell that they are dead; and processes that end with their parent."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
+import signal
 import socket
+import sys
 import uuid
 from functools import lru_cache
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @lru_cache(maxsize=1)
@@ -51,6 +56,18 @@ def exists(pid: int) -> bool:
     except PermissionError:
         return True
     return not _is_zombie(pid)
+
+
+def end_with_parent(how: signal.Signals, parent: int = 0) -> None:
+    """Have a signal sent to this process when the thread that started it ends; nothing where that is not Linux.
+
+    Args:
+        parent: pid of the process of that thread, if this one is to exit at once where it has ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
+    if parent and os.getppid() != parent:
+        sys.exit(1)
 
 
 def _is_zombie(pid: int) -> bool:

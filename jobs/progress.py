@@ -31,6 +31,7 @@ class Status:
         live: finished by workers but not committed yet.
         rate: items a second of the workers that hold its shards.
         time_left_s: at that rate, or None where it cannot be told.
+        doing: what one of its workers does while no item gets done, such as loading the model; "" where none says so.
         choices: kind of device -> how the model is run there; only of one job that is asked for alone.
     """
 
@@ -52,6 +53,7 @@ class Status:
     rate: float
     time_left_s: float | None
     workers: int
+    doing: str
     shards: dict[str, int]
     errors: int
     crashes: int
@@ -120,6 +122,7 @@ class Worker:
     state: str
     desired: str
     model: str
+    doing: str
     items: int
     rate: float
     heartbeat_age_s: float
@@ -142,6 +145,7 @@ def workers(db: Database, *, live_only: bool = True) -> list[Worker]:
             state=row.state,
             desired=row.desired,
             model=row.model,
+            doing=row.doing,
             items=row.done_items,
             rate=row.rate,
             heartbeat_age_s=max(0.0, row.age),
@@ -198,7 +202,7 @@ def _statuses(db: Database, rows: Sequence[Any]) -> list[Status]:
     ids = [row.id for row in rows]
     shards = _shard_counts(db, ids)
     live = _live(db, ids)
-    return [_status(row, shards.get(row.id, []), live.get(row.id, (0, 0.0, 0))) for row in rows]
+    return [_status(row, shards.get(row.id, []), live.get(row.id, _Live())) for row in rows]
 
 
 # These are built once, since whoever follows a job asks again and again: to build one takes far longer than to run it.
@@ -232,7 +236,7 @@ def _counting() -> sa.Select[Any]:
 
 @cache
 def _leased() -> sa.Select[Any]:
-    columns = (shard.c.job_id, shard.c.id, shard.c.worker_id, worker.c.progress, worker.c.rate)
+    columns = (shard.c.job_id, shard.c.id, shard.c.worker_id, worker.c.progress, worker.c.rate, worker.c.doing)
     query = sa.select(*columns).join(worker, worker.c.id == shard.c.worker_id)
     return query.where(_of_these(), statements.is_in(states.LEASED), worker.c.state == LIVE)
 
@@ -248,24 +252,34 @@ def _shard_counts(db: Database, ids: Sequence[int]) -> dict[int, list[Any]]:
     return answer
 
 
-def _live(db: Database, ids: Sequence[int]) -> dict[int, tuple[int, float, int]]:
-    """job -> (items finished but not committed, items a second, workers), from the workers' last beats."""
-    answer: dict[int, tuple[int, float, int]] = {}
-    counted: set[tuple[int, str]] = set()
+@dataclass
+class _Live:
+    """What the workers' last beats say of a job: items finished but not committed, and the workers' own."""
+
+    items: int = 0
+    rate: float = 0.0
+    doing: str = ""
+    workers: set[str] = field(default_factory=set)
+
+
+def _live(db: Database, ids: Sequence[int]) -> dict[int, _Live]:
+    """By job."""
+    answer: dict[int, _Live] = {}
     for row in db.query(_leased(), {"ids": ids}):
-        items, rate, n = answer.get(row.job_id, (0, 0.0, 0))
-        first = (row.job_id, row.worker_id) not in counted
-        counted.add((row.job_id, row.worker_id))
-        done = int(row.progress.get(str(row.id), 0))
-        answer[row.job_id] = (items + done, rate + (row.rate if first else 0), n + first)
+        live = answer.setdefault(row.job_id, _Live())
+        live.items += int(row.progress.get(str(row.id), 0))
+        if row.worker_id not in live.workers:
+            live.workers.add(row.worker_id)
+            live.rate += row.rate
+            live.doing = live.doing or row.doing
     return answer
 
 
-def _status(row: Any, shards: Sequence[Any], live: tuple[int, float, int]) -> Status:
+def _status(row: Any, shards: Sequence[Any], live: _Live) -> Status:
     results = sum(int(s.results) for s in shards)
     failed = sum(int(s.failures) for s in shards)
-    live_items, rate, n_workers = live
-    left = max(0, row.planned - results - failed - live_items)
+    rate = live.rate
+    left = max(0, row.planned - results - failed - live.items)
     return Status(
         id=row.id,
         name=row.name,
@@ -281,10 +295,11 @@ def _status(row: Any, shards: Sequence[Any], live: tuple[int, float, int]) -> St
         pruned=row.pruned,
         results=results,
         failures=failed,
-        live=live_items,
+        live=live.items,
         rate=rate if row.finished_at is None else _mean_rate(row, results + failed),
         time_left_s=left / rate if rate > 0 and row.finished_at is None else None,
-        workers=n_workers,
+        workers=len(live.workers),
+        doing=live.doing,
         shards={s.state: int(s.n) for s in shards},
         errors=sum(int(s.errors) for s in shards),
         crashes=sum(int(s.crashes) for s in shards),

@@ -136,6 +136,7 @@ worker = sa.Table(
     Column("state", Text, nullable=False),
     Column("desired", Text, nullable=False),
     Column("model", Text, nullable=False, server_default=""),
+    Column("doing", Text, nullable=False, server_default=""),  # for people, while no item gets done
     Column("progress", Json, nullable=False),
     Column("done_items", BigInteger, nullable=False, server_default="0"),
     Column("rate", Float, nullable=False, server_default="0"),

@@ -146,6 +146,8 @@ class Engines:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._only_one(path.parent / _LOCK):
             if not self._is_whole(path):
+                for left in path.parent.glob(".*.tmp*"):  # by one that was killed
+                    left.unlink(missing_ok=True)
                 with self._meanwhile(lambda count: None):
                     self._build(path, build, lambda temporary, sha256: None)
         self._make_room(path.parent)

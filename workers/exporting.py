@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs import processes
 from jobs.spec import JobSpec
 from storage.errors import ImagemillError, one_line
 from workers import models, onnxgraph
@@ -62,6 +64,7 @@ def _in_child(spec: JobSpec, weights: Path | None, network: Network, made: Mappi
         "weights": str(weights) if weights else "",
         "network": network.name,
         "threads": torch.get_num_threads(),
+        "parent": os.getpid(),
     }
     # An export needs no GPU, whose memory the child would take a part of.
     hidden = {} if made.get("device", "cpu") != "cpu" else {"CUDA_VISIBLE_DEVICES": ""}
@@ -103,6 +106,7 @@ def export_alone(spec: JobSpec, weights: Path | None, network: Network, precisio
 def main() -> None:
     """The child: reads what is asked from its standard input; exit status 0, or 1 with a last line that says why."""
     asked: dict[str, Any] = json.loads(sys.stdin.read())
+    processes.end_with_parent(signal.SIGKILL, asked["parent"])  # nobody would take what is made
     try:
         _make(asked)
     except ImagemillError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
+import functools
 import logging
 import math
 import os
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import queue
+from jobs import processes, queue
 from jobs.reconcile import Reconciler
 from storage.database import Database
 from storage.settings import Settings
@@ -138,16 +138,12 @@ class Fleet:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            # A supervisor that is killed takes its workers along, so that none works on unseen.
+            preexec_fn=functools.partial(processes.end_with_parent, signal.SIGTERM),
         )
         slot.started_at = time.monotonic()
         if output is not None:
             output.close()
-
-
-def _die_with_parent() -> None:
-    # PR_SET_PDEATHSIG: a supervisor that is killed takes its workers along, so that none works on unseen.
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def serve() -> None:

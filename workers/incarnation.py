@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -36,6 +37,7 @@ class Work:
     items: int = 0
     rate: float = 0.0
     model: str = ""
+    doing: str = ""
     busy: bool = False
     moved_at: float = field(default_factory=time.monotonic)
 
@@ -48,6 +50,15 @@ class Work:
             self.rate += weight * (items / seconds - self.rate)
             self.items += items
         self.moved_at = now
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Around something that takes long while no item gets done: what to tell people meanwhile."""
+        before, self.doing = self.doing, doing
+        try:
+            yield
+        finally:
+            self.doing = before
 
 
 class Incarnation:
@@ -149,7 +160,13 @@ class Incarnation:
         asked_at = time.monotonic()
         work = self.work
         orders = leases.beat(
-            self.db, self.id, progress=dict(work.progress), items=work.items, rate=work.rate, model=work.model
+            self.db,
+            self.id,
+            progress=dict(work.progress),
+            items=work.items,
+            rate=work.rate,
+            model=work.model,
+            doing=work.doing,
         )
         with self._lock:
             if orders.alive:

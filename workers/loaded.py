@@ -49,6 +49,7 @@ class Models:
     Args:
         moving: called every few seconds while a runtime builds what it needs, to show that the process lives.
         running: a context that each call of a network runs in.
+        during: makes a context that tells people what goes on in it.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Models:
         device: str,
         moving: Callable[[], None] = lambda: None,
         running: Callable[[], AbstractContextManager[None]] = nullcontext,
+        during: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext(),
     ) -> None:
         self.store, self.settings, self.device = store, settings, device
-        self._moving, self._running = moving, running
+        self._moving, self._running, self._during = moving, running, during
         self._lock = threading.Lock()
         self._held: OrderedDict[str, Loaded] = OrderedDict()
         limit = settings.encodings_bytes
@@ -122,7 +124,8 @@ class Models:
         opener = _Opener(spec, self.device, self._engines(spec, path, alone), self._running)
         site = Site(self.device, opener.open, spec.precision, spec.weights_sha256, encodings, spec.runtime)
         try:
-            model: Model = family.load(card, card.params(**spec.params), path, site)
+            with self._during(f"loading {spec.model} for {spec.runtime}"):
+                model: Model = family.load(card, card.params(**spec.params), path, site)
         except ImagemillError:
             raise
         except ImportError as error:

@@ -47,6 +47,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from jobs import processes
 from storage.errors import ItemFailed, Misconfigured
 from workers import images
 from workers.images import Decoded, Limits
@@ -73,7 +74,7 @@ _FIXED = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
 _FORMATS = frozenset(name.encode() for name in images.FORMATS)
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _CAPABILITY_VERSION_3 = 1, 38, 0x20080522
+_PR_SET_NO_NEW_PRIVS, _CAPABILITY_VERSION_3 = 38, 0x20080522
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _CODE = "from workers.sandbox import serve; serve()"
 
@@ -358,7 +359,7 @@ def serve() -> None:
     """The child's whole life: lock itself in, then answer until its pipe ends."""
     parent, memory_bytes, *rest = map(int, sys.argv[1:])
     limits = Limits(*rest)
-    _die_with(parent)
+    processes.end_with_parent(signal.SIGKILL, parent)  # even in the middle of a picture
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     _warm_up()
     _cut_off()
@@ -440,14 +441,6 @@ def _limit(memory_bytes: int) -> None:
     ):
         if sys.platform == "linux" or what != resource.RLIMIT_AS:
             resource.setrlimit(what, (most, most))
-
-
-def _die_with(parent: int) -> None:
-    """End when the parent does, even in the middle of a picture."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we said so
-        sys.exit(1)
 
 
 def _cut_off() -> None:

@@ -64,7 +64,8 @@ class Stream:
         self.device = device
         self.computing = Computing(device)
         self._portions: dict[int, Portion] = {}
-        self.models = Models(store, settings, device, incarnation.work.moved, self.computing.running)
+        work = incarnation.work
+        self.models = Models(store, settings, device, work.moved, self.computing.running, work.during)
         self.choosing = Choosing(db, self.models, device, settings.tune_seconds, incarnation.work.moved)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
         if settings.gpu_decode and device != "cpu":

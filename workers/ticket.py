@@ -220,7 +220,8 @@ class Ticket:
         if spec is None:
             self._wait_for_others()
             if not self._must_stop():
-                spec = self._on_device(lambda: self.stream.choosing.measure(claim, self._sample))
+                with self.me.work.during(f"measuring how {claim.spec.model} runs fastest"):
+                    spec = self._on_device(lambda: self.stream.choosing.measure(claim, self._sample))
         return spec or tuning.plain(claim.spec, self.stream.device)
 
     def _sample(self, claim: Claim, loaded: Loaded, count: int) -> list[Prepared]:

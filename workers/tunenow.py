@@ -30,12 +30,18 @@ def dataset_of(db: Database, model: str) -> str:
 
 
 def tune(
-    db: Database, store: Store, settings: Settings, spec: JobSpec, tell: Callable[[Measured], None]
+    db: Database,
+    store: Store,
+    settings: Settings,
+    spec: JobSpec,
+    tell: Callable[[Measured], None],
+    building: Callable[[], None],
 ) -> tuple[Choice, list[Measured]]:
     """Measure every way the spec leaves open, and keep the fastest that is admitted.
 
     Args:
         tell: called with each way as it has been measured.
+        building: called every few seconds while a runtime builds what it needs.
 
     Raises:
         BadInput: results of this kind cannot be compared, the model has no networks, or no picture can be read.
@@ -43,7 +49,7 @@ def tune(
     device = "cpu" if spec.queue == "cpu" else "cuda"
     if not tuning.tunable(spec.kind):
         raise BadInput(f"results of the kind {spec.kind} cannot be compared, so {spec.model!r} runs as it is asked to")
-    models = Models(store, settings, device)
+    models = Models(store, settings, device, building)
     reference = models.apart(tuning.reference(tuning.plain(spec, device)))
     try:
         if not reference.networks:

@@ -60,8 +60,6 @@ def run(bench: Bench) -> None:
     from workers import runtimes
 
     there = [name for name in runtimes.names() if name != "torch" and runtimes.precisions(name, bench.device)]
-    if bench.quick:
-        there.remove("inductor")  # it compiles for a minute, each network in each precision
     bench.say(f"On this device: {', '.join(there)}. Precisions and batches as a job would ask for them.")
     if "tensorrt" in there:
         bench.say(f"TensorRT is here as: {provider()}.")

@@ -73,6 +73,7 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("desired", sa.Text(), nullable=False),
         sa.Column("model", sa.Text(), server_default="", nullable=False),
+        sa.Column("doing", sa.Text(), server_default="", nullable=False),
         sa.Column("progress", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("done_items", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("rate", sa.Float(), server_default="0", nullable=False),

@@ -21,8 +21,8 @@ def db(database_url: str) -> Iterator[Database]:
         yield database
 
 
-def beat(db: Database, worker_id: str, done: dict[int, int], rate: float) -> None:
-    leases.beat(db, worker_id, progress=done, items=sum(done.values()), rate=rate, model="m")
+def beat(db: Database, worker_id: str, done: dict[int, int], rate: float, doing: str = "") -> None:
+    leases.beat(db, worker_id, progress=done, items=sum(done.values()), rate=rate, model="m", doing=doing)
 
 
 def test_committed_and_live_items_are_kept_apart(db: Database) -> None:
@@ -49,6 +49,18 @@ def test_workers_that_are_lost_count_for_nothing(db: Database) -> None:
     leases.expire_workers(db, 60)
     status = progress.status(db, found.id)
     assert (status.live, status.rate, status.workers, status.time_left_s) == (0, 0.0, 0, None)
+
+
+def test_what_a_worker_does_meanwhile_is_told_of_its_jobs_only(db: Database) -> None:
+    found, idle, worker_id = planned_job(db), planned_job(db), new_worker(db)
+    claim = claimed(db, worker_id)
+    jobs = {found.id: idle.id, idle.id: found.id}
+    beat(db, worker_id, {}, rate=0, doing="loading m for onnx")
+    assert progress.status(db, claim.job_id).doing == "loading m for onnx"
+    assert progress.status(db, jobs[claim.job_id]).doing == ""
+    assert [one.doing for one in progress.workers(db)] == ["loading m for onnx"]
+    beat(db, worker_id, {claim.shard_id: 1}, rate=1)
+    assert progress.status(db, claim.job_id).doing == ""
 
 
 def test_errors_and_crashes_add_up(db: Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -10,15 +11,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from storage.errors import Misconfigured
+from jobs import processes
+from storage.errors import BadInput, Misconfigured
 from storage.objects import Store, open_store
 from storage.settings import load
+from tests.flow import wait_until
 from tests.workers import test_runtimes as shared
 from workers import exporting, runtimes
 from workers.engines import Engines, Pace
@@ -69,6 +73,32 @@ def test_what_cannot_be_compiled_says_so_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@compiles
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bf16", "fp16"))]
+)
+def test_the_same_numbers_as_torch_whatever_the_batch_and_the_size(precision: str, tmp_path: Path) -> None:
+    """One file for all shapes, a single picture and a single pixel among them; results stay when the next come."""
+    session = inductor.open(shared.network(shared.copied), "cpu", precision, shared.Kept(tmp_path))
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for shape in ((1, 3, 8, 8), (3, 3, 12, 20), (8, 3, 7, 5), (1, 3, 1, 1)):
+        images, bias = torch.randn(shape), torch.randn(shape[0])
+        out = session(bias=bias, images=images)
+        assert list(out) == ["out", "best"]
+        assert (out["out"].dtype, out["best"].dtype) == (torch.float32, torch.int64)
+        with torch.no_grad():
+            expected = shared.two()(images, bias)[0]
+        allowed = shared.ROUNDING[precision] * float(expected.abs().max())
+        torch.testing.assert_close(out["out"], expected, atol=allowed, rtol=0)
+        before.append((out["out"], out["out"].clone()))
+    assert all(torch.equal(kept, copy) for kept, copy in before)
+
+
+def test_no_job_takes_it_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="the runtime inductor does not run on cpu, but fp32 was asked for"):
+        runtimes.open_network("inductor", network(Asks), "cpu", "fp32", shared.Kept(tmp_path))
+
+
 def test_a_file_that_is_no_program_says_so(tmp_path: Path) -> None:
     (tmp_path / "net.pt2").write_bytes(b"no zip")
     with pytest.raises(NotRunnable, match=r"net\.pt2 cannot be loaded: "):
@@ -79,7 +109,7 @@ def test_without_a_compiler_it_says_the_remedy(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not inductor.installed()
     with pytest.raises(Misconfigured, match=r"inductor is not installed here; install it with: apt-get install g\+\+"):
-        runtimes.open_network("inductor", network(Asks), "cpu", "fp32", shared.Kept(tmp_path))
+        runtimes.open_network("inductor", network(Asks), "cuda", "fp32", shared.Kept(tmp_path))
 
 
 def test_a_network_that_comes_as_a_file_has_nothing_to_compile(tmp_path: Path) -> None:
@@ -149,6 +179,7 @@ def test_damage_is_built_again(store: Store, tmp_path: Path) -> None:
 def test_a_builder_that_is_killed_stops_nobody(store: Store, tmp_path: Path) -> None:
     code = f"""
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from storage.objects import open_store
 from storage.settings import load
@@ -179,17 +210,60 @@ Engines(store, Path({str(tmp_path / "cache")!r}), {{}}, print, print).here({{"a"
         process.stdout.close()
     waiting.join(10)
     assert [path.read_bytes() for path in paths] == [b"whole"]
+    assert list((tmp_path / "cache").rglob(".*.tmp*")) == [], "what was half built is gone"
+
+
+def test_a_child_ends_with_the_worker_that_it_builds_for(tmp_path: Path) -> None:
+    """It would take both cores for a minute, for nobody."""
+    child = f"""
+import os, time
+from collections.abc import Iterator
+from pathlib import Path
+from workers import exporting
+def make(asked):
+    Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+    time.sleep(60)
+exporting._make = make
+exporting.main()
+"""
+    worker = f"""
+from collections.abc import Iterator
+from pathlib import Path
+from jobs.spec import JobSpec
+from workers import exporting
+from workers.runtimes import Network
+exporting._CODE = {child!r}
+job = JobSpec(dataset="x", kind="detections", family="yolo", weights_sha256="a", params={{}}, model="m")
+exporting.compile(job, None, Network("net", print, {{}}, ()), "cpu", "fp32", Path("net.pt2"))
+"""
+    process = subprocess.Popen([sys.executable, "-c", worker], cwd=Path(__file__).parents[2])
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "", "the child")
+        pid = int((tmp_path / "pid").read_text())
+        assert processes.exists(pid)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not processes.exists(pid), "its end", 10)
 
 
 @compiles
 def test_a_worker_has_its_model_compiled_in_a_child_once_for_its_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(inductor, "RUNS", {"cpu": runtimes.PRECISIONS})  # as on a GPU
     store, job = open_store((tmp_path / "store").as_uri(), load()), shared.spec(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    before, answers = {stat.key for stat in store.list()}, []
+    before, answers, told = {stat.key for stat in store.list()}, [], list[str]()
+
+    @contextlib.contextmanager
+    def during(doing: str) -> Iterator[None]:
+        told.append(doing)
+        yield
+
     for runtime in ("torch", "inductor", "inductor"):
-        held = Models(store, load().model_copy(update={"cache": tmp_path / "cache"}), "cpu")
+        here = load().model_copy(update={"cache": tmp_path / "cache"})
+        held = Models(store, here, "cpu", during=during)
         loaded = held.get(dataclasses.replace(job, runtime=runtime))
         assert loaded.runtime == runtime
         answers += loaded.model.infer([loaded.model.prepare(image, Item("k"))])
@@ -198,3 +272,4 @@ def test_a_worker_has_its_model_compiled_in_a_child_once_for_its_machine(
             monkeypatch.setattr(exporting, "compile", lambda *a: pytest.fail("it is compiled already"))
     assert all(shared.families.same(answers[0], answer) for answer in answers[1:])
     assert {stat.key for stat in store.list()} == before, "machine code stays on its machine"
+    assert told == ["loading d for torch", "loading d for inductor", "loading d for inductor"]

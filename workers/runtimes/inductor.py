@@ -1,9 +1,12 @@
-"""Runs a network as Inductor, the compiler of torch.compile, has compiled it for this machine's device.
+"""Runs a network on a GPU as Inductor, torch.compile's compiler, has compiled it. It has not been run on a GPU yet.
 
 It is compiled ahead of time, in a child process, for all shapes at once: so no worker compiles in the midst of a job,
 whatever batch or picture comes, and torch's tracing disturbs no other thread. What comes out is machine code, which no
 worker takes from a store that others may write to: each machine compiles for itself, once, and keeps the file.
-On the CPU it has been run; on a GPU not yet.
+
+It compiles for a CPU just as well, and so it is tested. No job takes it there: torch calls what was compiled with the
+interpreter's lock held, which for a GPU is as long as it takes to launch kernels, and on a CPU as long as a batch
+takes; no thread of the worker could say meanwhile that it lives. And ONNX Runtime is faster there.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from typing import Any
 from storage.errors import one_line
 from workers import devices, parity, torchcall
 from workers.graphed import Graphed
-from workers.runtimes import Files, Network, NotRunnable, Session
+from workers.runtimes import PRECISIONS, Files, Network, NotRunnable, Session
 
+RUNS = {"cuda": PRECISIONS}
 BUILDS = False  # nothing for the fleet
 START_S = 60  # that compiling takes, at least: yolov8n on two cores
 INSTALL = "apt-get install g++"
