@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -105,6 +105,14 @@ class Incarnation:
             self._soon.set()
             time.sleep(0.02)
         return False
+
+    def moved(self) -> None:
+        """Something got done, for who was made before this process was registered: each life has work of its own."""
+        self.work.moved()
+
+    def during(self, doing: str) -> AbstractContextManager[None]:
+        """As of the work, likewise."""
+        return self.work.during(doing)
 
     def may_write(self) -> bool:
         """Whether the lease certainly still holds."""

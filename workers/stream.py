@@ -64,9 +64,9 @@ class Stream:
         self.device = device
         self.computing = Computing(device)
         self._portions: dict[int, Portion] = {}
-        work = incarnation.work
-        self.models = Models(store, settings, device, work.moved, self.computing.running, work.during)
-        self.choosing = Choosing(db, self.models, device, settings.tune_seconds, incarnation.work.moved)
+        me = incarnation
+        self.models = Models(store, settings, device, me.moved, self.computing.running, me.during)
+        self.choosing = Choosing(db, self.models, device, settings.tune_seconds, me.moved)
         threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
         if settings.gpu_decode and device != "cpu":
             threads = max(threads, _DEVICE_DECODES)

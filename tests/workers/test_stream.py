@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import pytest
 import sqlalchemy as sa
 from PIL import Image
 
-from jobs import lifecycle, plan, progress, states
+from jobs import leases, lifecycle, plan, progress, states
 from storage import shardfile, tables
 from storage.database import Database
 from storage.objects import open_store
 from storage.settings import Settings
 from tests.support import opened
-from workers import submit, ticket
+from workers import submit, ticket, tuning
+from workers.choosing import Choosing
 from workers.incarnation import Incarnation
+from workers.loaded import Models
 from workers.models import Prepared, stub
 from workers.stream import Stream
 
@@ -129,3 +132,44 @@ def test_a_slow_store_holds_up_the_claims(db: Database, tmp_path: Path, monkeypa
     assert len(leased) == 20
     assert max(leased) <= ticket._UNWRITTEN + under_way + 1
     assert max(leased) >= ticket._UNWRITTEN, "two are written while others are computed"
+
+
+@pytest.mark.parametrize("where", ["feeder", "device"])
+def test_a_worker_that_builds_for_long_lives_on_and_says_so(
+    where: str, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than a batch may take; registered late, since what a worker does is counted anew with each life."""
+    doing, gave_up = set[str](), list[int]()
+    load_model, register = Models._load, leases.register
+
+    def build(moved: Callable[[], None]) -> None:
+        for _ in range(40):
+            time.sleep(0.1)
+            moved()
+            doing.update(one.doing for one in progress.workers(db))
+
+    def load(self: Models, *given: Any, **named: Any) -> Any:
+        with self._during("loading stub for torch"):
+            build(self._moving)
+        return load_model(self, *given, **named)
+
+    def measure(self: Choosing, claim: leases.Claim, sample: Any) -> Any:
+        build(self._moved)
+        return tuning.plain(claim.spec, "cpu")
+
+    def late(*given: Any, **named: Any) -> None:
+        time.sleep(0.5)
+        register(*given, **named)
+
+    if where == "feeder":
+        monkeypatch.setattr(Models, "_load", load)
+    else:
+        monkeypatch.setattr(Choosing, "settled", lambda *given: None)
+        monkeypatch.setattr(Choosing, "measure", measure)
+    monkeypatch.setattr(leases, "register", late)
+    monkeypatch.setattr(os, "_exit", gave_up.append)
+    done = run(db, tmp_path, 20, stall_seconds=1, lease_seconds=2)
+    assert gave_up == []
+    assert (done.state, done.results, done.errors, done.crashes) == ("done", 20, 0, 0)
+    assert len(progress.workers(db, live_only=False)) == 1, "it was never declared dead"
+    assert doing == {"", "loading stub for torch" if where == "feeder" else "measuring how stub runs fastest"}
