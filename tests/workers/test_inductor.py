@@ -248,6 +248,7 @@ exporting.compile(job, None, Network("net", print, {{}}, ()), "cpu", "fp32", Pat
 
 
 @compiles
+@pytest.mark.slow
 def test_a_worker_has_its_model_compiled_in_a_child_once_for_its_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
