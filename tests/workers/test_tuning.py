@@ -17,7 +17,7 @@ from jobs.spec import AUTO, JobSpec
 from storage.errors import ItemFailed, Misconfigured
 from storage.results import detections
 from tests import flow
-from workers import devices, tuning
+from workers import devices, runtimes, tuning
 from workers.batches import BatchSize
 from workers.loaded import Loaded
 from workers.models import Prepared
@@ -285,3 +285,12 @@ def provenance(stack: dict[str, str], job: int) -> list[dict[str, Any]]:
 
     found = sorted((Path(stack["IMAGEMILL_HOME"]) / "store" / "jobs" / str(job)).rglob("a*/*/items.parquet"))
     return [json.loads(pq.read_schema(path).metadata[b"imagemill"]) for path in found]
+
+
+def test_a_runtime_that_takes_long_to_start_is_tried_where_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes.get("onnx"), "START_S", 60, raising=False)
+    ways = {("torch", "fp32"): Timed(0.004), ("onnx", "fp32"): Timed(0.0005)}
+    best, found = tuned(ways, budget_s=30)
+    assert best.runtime == "torch"
+    assert {one.refused for one in found if one.runtime == "onnx"} == {"no time was left to measure it"}
+    assert tuned(ways, budget_s=300)[0].runtime == "onnx"
