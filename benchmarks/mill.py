@@ -59,7 +59,6 @@ class Mill:
             rate: items a second, from the first claim to the end, the last write and commit among it.
             idle: share of that time, 0..1, in which the device waited between its first and last batch, if it had any.
             gap: seconds in which it waited from one shard to the next, for each second that it worked.
-            device_ms: that it worked for each item.
             claim_s: from the job's row to its first claim.
             whole_s: from the job's row to its end.
             command_s: from the start of the console script to its end.
@@ -88,7 +87,6 @@ class Mill:
             "rate": status["results"] / seconds,
             "idle": waited / max(1e-9, waited + device + spent.get("post", 0.0)),
             "gap": gap / max(1e-9, device),
-            "device_ms": 1000 * device / max(1, status["results"]),
             "claim_s": status["started_at"] - status["created_at"],
             "whole_s": status["finished_at"] - status["created_at"],
         }

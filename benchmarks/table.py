@@ -100,9 +100,6 @@ def text(title: Sequence[str], taken: Sequence[Taken], without: Sequence[tuple[s
         _ratio_table(ours, taken),
         "## The limits",
         _limit_table(taken),
-        "## By the clock of the jobs themselves",
-        _ABOUT_CLOCK,
-        _clock_table(ours, taken),
         "## Waiting",
         _waiting_table(ours),
         "## Every median",
@@ -115,15 +112,10 @@ def text(title: Sequence[str], taken: Sequence[Taken], without: Sequence[tuple[s
 
 _ABOUT = """The medians of interleaved rounds; compare within this file only. A ratio is the median of the rounds' own
 ratios, since the speed of a shared machine differs more between rounds than within one. The limit is 1 / (forward +
-decode + prepare), each alone on all cores: on a CPU they share the cores, so no program can pass it. Peers are timed
-after their first batch; imagemill from its first claim to the last commit, on a worker that holds the model. limit,
-bare forward, HF pipeline and DataLoader are of the same precision as imagemill's row; the others are as fast as they
-come."""
-
-_ABOUT_CLOCK = """Milliseconds for each item. On a noisy machine the same forward pass, minutes apart, differs by more
-than what is asked about, so each job also tells how long its own device worked: beside the bare forward pass that is
-what imagemill does to the network's speed. The last column puts it in the place of the bare forward pass in the
-limit."""
+decode + prepare), each alone on all cores, which on a CPU they share; the forward pass is of one batch after another,
+so a program that begins the next one on the cores that are free may pass it by a little. Peers are timed after their
+first batch; imagemill from its first claim to the last commit, on a worker that holds the model. limit, bare forward,
+HF pipeline and DataLoader are of the same precision as imagemill's row; the others are as fast as they come."""
 
 
 def _ratio_table(ours: Sequence[Taken], taken: Sequence[Taken]) -> str:
@@ -148,21 +140,6 @@ def _limit_table(taken: Sequence[Taken]) -> str:
             cells = ["" if part is None else f"{part:.1f}" for part in (*parts, value)]
             rows.append([f"{workload} {precision}".rstrip(), *cells])
     return _table(["", "forward", "decode", "prepare", "limit, items/s"], rows)
-
-
-def _clock_table(ours: Sequence[Taken], taken: Sequence[Taken]) -> str:
-    rows = []
-    for figure in ours:
-        same = _of(figure.measure.workload, taken)
-        alone = [t for t in same if t.measure.role == "forward" and t.measure.name == figure.measure.name]
-        around = [best("decode", same), best("prepare", same)]
-        if not alone or not all(around) or "device_ms" not in figure.figures:
-            continue
-        whole, device = 1000 / figure.rate, figure.figures["device_ms"]
-        least = device + sum(1000 / part for part in around if part)
-        cells = [f"{value:.1f}" for value in (1000 / alone[0].rate, device, whole)]
-        rows.append([f"{figure.measure.workload} {figure.measure.name}", *cells, f"{least / whole:.2f}"])
-    return _table(["imagemill", "bare forward", "device", "all", "/ limit"], rows)
 
 
 def _waiting_table(ours: Sequence[Taken]) -> str:

@@ -156,12 +156,6 @@ class TestRatios:
         forwards = [over("forward", "torch", 10, 20, 10), over("forward", "onnx", 12, 9, 9)]
         assert table.ratios(ours, [*forwards, ours])["bare forward"] == pytest.approx(0.8)
 
-    def test_a_jobs_own_device_time_stands_beside_the_bare_forward_pass(self) -> None:
-        """55.6 ms an item, of them 40 in the device; 5 of decoding and 10 of preparing come on top."""
-        ours = taken(18, "yolo", "imagemill", "torch fp32", "fp32", device_ms=40)
-        text = table.text([], [*self.TAKEN, taken(20, "yolo", "forward", "torch fp32", "fp32"), ours], [])
-        assert "| yolo torch fp32 | 50.0 | 40.0 | 55.6 | 0.99 |" in text
-
     def test_the_text_says_all_of_it(self) -> None:
         figures = {"idle": 0.125, "gap": 0.015, "claim_s": 0.25, "whole_s": 1.5, "command_s": 2.5}
         ours = taken(18, "yolo", "imagemill", "torch fp32, shards of 64", "fp32", **figures)

@@ -2,8 +2,9 @@
 
 On a CPU decoding and computing use the same cores. At once, they would wait for each other at every barrier of the
 network's parallel loops; so no picture is begun while a network runs, and all that one can reach is the sum of both.
-On a GPU nobody waits for anybody: it gets its next batch while it computes one, and what it gave for the one before is
-turned into answers on a stream of its own.
+Where each core computes pictures of its own (workers/lanes.py) there are no barriers, and nobody waits. Nor on a GPU:
+it gets its next batch while it computes one, and what it gave for the one before is turned into answers on a stream of
+its own.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ class Spell:
     runs: tuple[tuple[Any, Any], ...]
     given: Any = None
 
-    def seconds(self) -> float:
-        """How long networks ran. On a GPU it waits for the last of them."""
-        return sum(_seconds(first, last) for first, last in self.runs)
+    def seconds(self, earlier: Spell | None = None) -> float:
+        """How long networks ran; on a CPU, since an earlier batch ended. On a GPU it waits for the last of them."""
+        runs = self.runs
+        if earlier is not None and earlier.runs and runs and isinstance(runs[0][0], float):
+            over = earlier.runs[-1][1]
+            runs = tuple((max(first, over), max(last, over)) for first, last in runs)
+        return sum(_seconds(first, last) for first, last in runs)
 
     def after(self, earlier: Spell | None) -> float:
         """Seconds between the last run of an earlier batch and the first of this one; 0 where one had none."""
@@ -47,21 +52,21 @@ def _seconds(first: Any, last: Any) -> float:
 
 
 class Computing:
-    """Runs of networks on one device. `running`, `take` and `take_s` are called from the device's thread only.
+    """Runs of networks on one device. `take` and `take_s` tell of the runs of the thread that calls them.
 
     Args:
         device: "cpu" or "cuda".
 
     Attributes:
-        depth: batches that the device may have been given before the first of them is answered.
+        ahead: whether the device takes a batch while it computes another.
     """
 
     def __init__(self, device: str) -> None:
         self._on_cpu = device == "cpu"
-        self.depth = 1 if self._on_cpu else 2
+        self.ahead = not self._on_cpu
         self._free = threading.Event()
         self._free.set()
-        self._runs: list[tuple[Any, Any]] = []
+        self._mine = threading.local()
         self._beside: Any = None  # the stream of what is done beside the computing
 
     def wait(self) -> None:
@@ -69,30 +74,46 @@ class Computing:
         self._free.wait()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around every call of a network."""
+    def running(self, barriers: bool = True) -> Iterator[None]:
+        """Around every call of a network.
+
+        Args:
+            barriers: whether cores wait for each other in it, and so for whoever else takes one.
+        """
         if not self._on_cpu:
             first = _event()  # a call returns before the device is done, so a clock of the host would tell nothing
             yield
-            self._runs.append((first, _event()))
+            self._runs().append((first, _event()))
             return
-        self._free.clear()
+        if barriers:
+            self._free.clear()
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._runs.append((started, time.perf_counter()))
-            self._free.set()
+            self._runs().append((started, time.perf_counter()))
+            if barriers:
+                self._free.set()
 
     def take(self) -> Spell:
         """The runs since the last call."""
-        runs, self._runs = tuple(self._runs), []
-        return Spell(runs, None if self._on_cpu else _event())
+        return Spell(self._taken(), None if self._on_cpu else _event())
 
     def take_s(self) -> float:
         """Seconds that networks ran since the last call."""
-        runs, self._runs = tuple(self._runs), []
-        return Spell(runs).seconds()
+        return Spell(self._taken()).seconds()
+
+    def _runs(self) -> list[tuple[Any, Any]]:
+        """Of this thread."""
+        if not hasattr(self._mine, "runs"):
+            self._mine.runs = []
+        runs: list[tuple[Any, Any]] = self._mine.runs
+        return runs
+
+    def _taken(self) -> tuple[tuple[Any, Any], ...]:
+        runs = tuple(self._runs())
+        self._runs().clear()
+        return runs
 
     @contextmanager
     def answering(self, spell: Spell) -> Iterator[None]:

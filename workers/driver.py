@@ -54,7 +54,8 @@ class Driver:
         if not batch:
             return
         loaded = batch[0].run.loaded
-        model = staged(loaded.model) if self._computing.depth > 1 and len(batch) <= loaded.size.safe else None
+        ahead = (self._computing.ahead or loaded.lanes) and len(batch) <= loaded.size.safe
+        model = staged(loaded.model) if ahead else None
         if model is None or not self._give(model, batch):
             self._compute(batch)
 
@@ -97,9 +98,9 @@ class Driver:
                 self._compute(batch)
             return
         idle_s = given.started - self._free_since if self._spell is None else given.spell.after(self._spell)
-        self._free_since, self._spell = time.perf_counter(), given.spell
         self._count_idle(given.items[0].run, idle_s)
-        _count_work(given.items, given.spell.seconds(), "answer", given.answer_s)
+        _count_work(given.items, given.spell.seconds(self._spell), "answer", given.answer_s)
+        self._free_since, self._spell = time.perf_counter(), given.spell
         given.items[0].run.loaded.size.went_well(len(given.items))
         answer_of = {id(item): answer for item, answer in zip(given.items, answers, strict=True)}
         wanted = self._wanted(given.items)

@@ -1,7 +1,9 @@
 """Batches that a device was given and that are not answered yet, so that it has its next one when it is done with one.
 
 Two steps of a model make that possible: `compute` starts its networks in the device's thread and returns before a GPU
-is done; `answer` waits for them and makes results, in a thread beside it.
+is done; `answer` waits for them and makes results, in a thread beside it. On a CPU whose cores compute pictures of
+their own (workers/lanes.py), both steps are done beside the device's thread, for two batches at once: the cores that
+are done with the one begin with the other.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from workers.computing import Computing, Spell
 from workers.inhand import Ready
 from workers.models import Model, Prepared
 
+_MOST = 2  # batches that a device has at once
+
 
 class Staged(Model, Protocol):
     """A model whose `infer(batch)` is `answer(compute(batch), batch)`."""
 
     def compute(self, batch: Sequence[Prepared]) -> Any:
-        """Start the networks for a batch that is not empty. Called from the device's thread."""
+        """Start the networks for a batch that is not empty. On a CPU, two threads may call it at once."""
         ...
 
     def answer(self, raw: Any, batch: Sequence[Prepared]) -> list[Answer]:
@@ -43,7 +47,7 @@ class Given:
     items: list[Ready]
     prepared: list[Prepared]
     started: float  # time.perf_counter
-    spell: Spell
+    spell: Spell = field(default_factory=lambda: Spell(()))  # whole once it is answered
     answers: Future[list[Answer]] = field(default_factory=Future)
     answer_s: float = 0.0
 
@@ -58,7 +62,8 @@ class InFlight:
     def __init__(self, computing: Computing, wake: Callable[[], None]) -> None:
         self._computing, self._wake = computing, wake
         self._given: deque[Given] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="answer")
+        self._answerer = ThreadPoolExecutor(1, thread_name_prefix="answer")
+        self._workers = ThreadPoolExecutor(_MOST, thread_name_prefix="compute")
 
     def __len__(self) -> int:
         return len(self._given)
@@ -66,7 +71,7 @@ class InFlight:
     @property
     def full(self) -> bool:
         """Whether the device has as many batches as it may have."""
-        return len(self._given) >= self._computing.depth
+        return len(self._given) >= _MOST
 
     @property
     def answered(self) -> bool:
@@ -74,12 +79,13 @@ class InFlight:
         return bool(self._given) and self._given[0].answers.done()
 
     def give(self, model: Staged, items: list[Ready], prepared: list[Prepared]) -> None:
-        """Start a batch. Raises what `compute` raises, and then has not started it."""
-        started = time.perf_counter()
-        self._computing.take()  # what others have left there is not this batch's
-        raw = model.compute(prepared)
-        given = Given(items, prepared, started, self._computing.take())
-        given.answers = self._pool.submit(self._answer, given, model, raw)
+        """Start a batch. Raises what `compute` raises in the device's thread, and then has not started it."""
+        given = Given(items, prepared, time.perf_counter())
+        if items[0].run.loaded.lanes:
+            given.answers = self._workers.submit(self._whole, given, model)
+        else:
+            raw = self._compute(given, model)
+            given.answers = self._answerer.submit(self._answer, given, model, raw)
         given.answers.add_done_callback(lambda future: self._wake())
         self._given.append(given)
 
@@ -91,8 +97,19 @@ class InFlight:
 
     def close(self) -> None:
         """Wait for what is under way; its answers are lost."""
-        self._pool.shutdown()
+        self._workers.shutdown()
+        self._answerer.shutdown()
         self._given.clear()
+
+    def _whole(self, given: Given, model: Staged) -> list[Answer]:
+        """Both steps, in this thread."""
+        return self._answer(given, model, self._compute(given, model))
+
+    def _compute(self, given: Given, model: Staged) -> Any:
+        self._computing.take()  # what others have left there is not this batch's
+        raw = model.compute(given.prepared)
+        given.spell = self._computing.take()
+        return raw
 
     def _answer(self, given: Given, model: Staged, raw: Any) -> list[Answer]:
         with self._computing.answering(given.spell):

@@ -9,6 +9,7 @@ ViT-S/14 at 224 in ONNX Runtime 8.1 and 9.5, in OpenVINO 7.8 and 8.5.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,8 +26,14 @@ def opened(network: Network, threads: int, open_for: Callable[[int], Session]) -
         threads: of all lanes together.
         open_for: so many calls at once that share all threads -> a session that may be called from as many threads.
     """
-    lanes = threads // math.ceil(threads / _MOST)
-    return _Lanes(lanes, open_for) if lanes > 1 and _is_batched(network) else open_for(1)
+    each = math.ceil(threads / _MOST)
+    lanes = threads // each
+    return _Lanes(lanes, open_for, each == 1) if lanes > 1 and _is_batched(network) else open_for(1)
+
+
+def alone(session: Session) -> bool:
+    """Whether no core waits for another in it: several threads may call it, and cores do other work, at no cost."""
+    return isinstance(session, _Lanes) and session.alone
 
 
 def _is_batched(network: Network) -> bool:
@@ -36,12 +43,13 @@ def _is_batched(network: Network) -> bool:
 
 
 class _Lanes:
-    """A picture at a time to whichever lane is free."""
+    """A picture at a time to whichever lane is free. May be called from several threads."""
 
-    def __init__(self, lanes: int, open_for: Callable[[int], Session]) -> None:
-        self._lanes, self._open_for = lanes, open_for
+    def __init__(self, lanes: int, open_for: Callable[[int], Session], alone: bool) -> None:
+        self._lanes, self._open_for, self.alone = lanes, open_for, alone
         self._narrow = open_for(lanes)
         self._wide: Session | None = None  # opened when it is asked for: it is the network a second time
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane")
 
     def __call__(self, **tensors: Any) -> dict[str, Any]:
@@ -49,7 +57,8 @@ class _Lanes:
 
         count = len(next(iter(tensors.values())))
         if 2 * count <= self._lanes:  # too few pictures for half of the cores
-            self._wide = self._wide or self._open_for(1)
+            with self._lock:
+                self._wide = self._wide or self._open_for(1)
             return self._wide(**tensors)
         each = [{name: tensor[i : i + 1] for name, tensor in tensors.items()} for i in range(count)]
         answers = list(self._pool.map(lambda one: self._narrow(**one), each))

@@ -15,7 +15,7 @@ from jobs.spec import JobSpec
 from storage.errors import BadInput, ImagemillError, Misconfigured
 from storage.objects import Store
 from storage.settings import Settings
-from workers import engines, models, runtimes, weights
+from workers import engines, lanes, models, runtimes, weights
 from workers.batches import BatchSize
 from workers.encodings import Keeper, StoredEncodings, Written
 from workers.engines import Engines
@@ -34,6 +34,7 @@ class Loaded:
     Attributes:
         runtime: that its networks run in; not the spec's when that one could not run them.
         networks: whether it has any that runtimes run.
+        lanes: whether in all of them each core computes pictures of its own.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Loaded:
     size: BatchSize
     runtime: str = "torch"
     networks: bool = False
+    lanes: bool = False
 
 
 class Models:
@@ -48,7 +50,7 @@ class Models:
 
     Args:
         moving: called every few seconds while a runtime builds what it needs, to show that the process lives.
-        running: a context that each call of a network runs in.
+        running: makes a context for each call of a network; it is told whether cores wait for each other in it.
         during: makes a context that tells people what goes on in it.
     """
 
@@ -58,7 +60,7 @@ class Models:
         settings: Settings,
         device: str,
         moving: Callable[[], None] = lambda: None,
-        running: Callable[[], AbstractContextManager[None]] = nullcontext,
+        running: Callable[[bool], AbstractContextManager[None]] = lambda barriers: nullcontext(),
         during: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext(),
     ) -> None:
         self.store, self.settings, self.device = store, settings, device
@@ -132,7 +134,7 @@ class Models:
             raise Misconfigured(models.lacking(spec.family, error.name or str(error))) from error
         except Exception as error:
             raise BadInput(f"model {spec.model!r} could not be loaded: {type(error).__name__}: {error}") from error
-        return Loaded(spec.model_key, model, size, opener.used(), opener.any)
+        return Loaded(spec.model_key, model, size, opener.used(), opener.any, opener.lanes)
 
     def _engines(self, spec: JobSpec, path: Path | None, alone: bool) -> Engines:
         return engines.of_spec(self.store, self.settings, spec, path, self._moving, alone=alone)
@@ -145,8 +147,9 @@ class _Opener:
     spec: JobSpec
     device: str
     engines: Engines
-    running: Callable[[], AbstractContextManager[None]]
+    running: Callable[[bool], AbstractContextManager[None]]
     _used: set[str] = field(default_factory=set)
+    _barriers: set[bool] = field(default_factory=set)  # of each network
 
     def open(self, network: Network) -> Session:
         """A session in the job's runtime, or else in torch. Raises BadInput or Misconfigured where that is no help."""
@@ -165,9 +168,11 @@ class _Opener:
     def _open_in(self, name: str, network: Network) -> Session:
         session = runtimes.open_network(name, network, self.device, self.spec.precision, self.engines)
         self._used.add(name)
+        barriers = not lanes.alone(session)
+        self._barriers.add(barriers)
 
         def run(**inputs: Any) -> dict[str, Any]:
-            with self.running():
+            with self.running(barriers):
                 return session(**inputs)
 
         return run
@@ -176,6 +181,11 @@ class _Opener:
     def any(self) -> bool:
         """Whether the model has opened a network."""
         return bool(self._used)
+
+    @property
+    def lanes(self) -> bool:
+        """Whether each core computes pictures of its own in all networks."""
+        return self._barriers == {False}
 
     def used(self) -> str:
         """The runtimes of all networks that were opened, the job's own for a model that opens none."""

@@ -61,7 +61,7 @@ class Sly(torch.nn.Module):
     [
         (Asks, "the network net cannot be compiled: "),
         (Fixed, "the network net cannot be compiled: it fixes the batch of x"),
-        pytest.param(Sly, r"differs by up to 0\.00\d+ in y", marks=compiles),
+        pytest.param(Sly, r"differs by up to 0\.00\d+ in y", marks=[compiles, pytest.mark.slow]),
     ],
 )
 def test_what_cannot_be_compiled_says_so_and_leaves_nothing(

@@ -1,7 +1,11 @@
-"""Batches given ahead: the device has the next one before the first is answered, and nothing is lost by that."""
+"""Batches given ahead: the device has the next one before the first is answered, and nothing is lost by that.
+
+As on a GPU, where one thread starts all batches, and as on a CPU in lanes, where two batches are computed at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -24,6 +28,7 @@ from tests.support import execute, opened
 from workers import images, inhand, submit
 from workers.batchdecode import OnDevice
 from workers.incarnation import Incarnation
+from workers.loaded import Loaded, Models
 from workers.models import Prepared, stub
 from workers.stream import Stream
 
@@ -72,8 +77,21 @@ class Staged:
         monkeypatch.setattr(inhand.Run, "record", checked)
 
 
+@pytest.fixture(params=["gpu", "lanes"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a device takes a batch while it computes another."""
+    if request.param == "lanes":
+        load = Models._load
+
+        def loaded(models: Models, *given: Any) -> Loaded:
+            return dataclasses.replace(load(models, *given), lanes=True)
+
+        monkeypatch.setattr(Models, "_load", loaded)
+    return str(request.param)
+
+
 @pytest.fixture
-def staged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Staged]:
+def staged(monkeypatch: pytest.MonkeyPatch, way: str) -> Iterator[Staged]:
     staged = Staged(monkeypatch)
     yield staged
     assert staged.late == 0
@@ -83,7 +101,7 @@ class Site:
     """A job over pictures and a worker's stream in this process, whose device takes two batches."""
 
     def __init__(
-        self, db: Database, folder: Path, count: int = COUNT, buffer_bytes: int = 1 << 30, **params: Any
+        self, db: Database, folder: Path, way: str, count: int = COUNT, buffer_bytes: int = 1 << 30, **params: Any
     ) -> None:
         self.db = db
         settings = Settings(home=folder / "home", decode_threads=2, buffer_bytes=buffer_bytes)
@@ -101,7 +119,7 @@ class Site:
         self.me = Incarnation(db, settings, "cpu", spec.queue, lambda: False)
         self.me.start()
         self.stream = Stream(db, self.store, settings, self.me, "cpu")
-        self.stream.computing.depth = 2
+        self.stream.computing.ahead = way == "gpu"
 
     def work(self) -> progress.Status:
         """Work until there is nothing to do."""
@@ -125,11 +143,11 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 
 @pytest.fixture
-def make(db: Database, tmp_path: Path) -> Iterator[Callable[..., Site]]:
+def make(db: Database, tmp_path: Path, way: str) -> Iterator[Callable[..., Site]]:
     sites: list[Site] = []
 
     def make(**params: Any) -> Site:
-        sites.append(Site(db, tmp_path, **params))
+        sites.append(Site(db, tmp_path, way, **params))
         return sites[-1]
 
     yield make
@@ -137,7 +155,9 @@ def make(db: Database, tmp_path: Path) -> Iterator[Callable[..., Site]]:
         site.close()
 
 
-def test_the_next_batch_is_given_before_the_first_is_answered(staged: Staged, make: Callable[..., Site]) -> None:
+def test_the_next_batch_is_given_before_the_first_is_answered(
+    staged: Staged, make: Callable[..., Site], way: str
+) -> None:
     staged.before_answer = lambda batch: time.sleep(0.02)
     done = make().work()
     assert (done.state, done.results, done.failures) == ("done", COUNT, 0)
@@ -146,18 +166,22 @@ def test_the_next_batch_is_given_before_the_first_is_answered(staged: Staged, ma
     batches = max(number for _, number, _ in staged.log) + 1
     ahead = [number for number in range(batches - 1) if at["compute", number + 1] < at["answer", number]]
     assert len(ahead) >= batches // 2, staged.log
+    if way == "lanes":  # which of two that run at once is the first is up to them
+        return
     two = [number for number in range(batches - 2) if at["compute", number + 2] < at["answer", number]]
     assert not two, f"the device had three batches: {staged.log}"
     assert [number for what, number, _ in staged.log if what == "answer"] == list(range(batches)), "in order"
 
 
-def test_every_result_is_its_pictures(staged: Staged, make: Callable[..., Site], tmp_path: Path) -> None:
+def test_every_result_is_its_pictures(
+    staged: Staged, make: Callable[..., Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site = make()
     site.work()
     with opened(f"sqlite:///{tmp_path / 'other.db'}") as other:
         (tmp_path / "plain").mkdir()
-        plain = Site(other, tmp_path / "plain")
-        plain.stream.computing.depth = 1
+        monkeypatch.undo()
+        plain = Site(other, tmp_path / "plain", "none")
         plain.work()
         plain.close()
         expected = {one.key: one.labels for one in index.find(other, plain.job.recipe_id)}
@@ -175,7 +199,7 @@ def test_pictures_decoded_in_batches_are_the_same(make: Callable[..., Site], tmp
     counts = index.label_counts(site.db, site.job.recipe_id)
     with opened(f"sqlite:///{tmp_path / 'other.db'}") as other:
         (tmp_path / "plain").mkdir()
-        plain = Site(other, tmp_path / "plain")
+        plain = Site(other, tmp_path / "plain", "none")
         plain.work()
         plain.close()
         assert index.label_counts(other, plain.job.recipe_id) == counts
@@ -282,6 +306,27 @@ def test_what_is_given_up_meanwhile_is_not_recorded(
     done = site.work()
     assert (done.state, done.results) == ("done", 2 * BATCH)
     assert len(list(index.find(db, site.job.recipe_id))) == 2 * BATCH
+
+
+def test_two_batches_are_under_way_and_no_third(staged: Staged, make: Callable[..., Site]) -> None:
+    lock, under_way, most = threading.Lock(), 0, 0
+
+    def begun(batch: Sequence[Prepared]) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.01)
+
+    def done(batch: Sequence[Prepared]) -> None:
+        nonlocal under_way
+        time.sleep(0.01)
+        with lock:
+            under_way -= 1
+
+    staged.before_compute, staged.before_answer = begun, done
+    assert make().work().results == COUNT
+    assert most == 2
 
 
 def test_failures_in_results_are_rows(staged: Staged, make: Callable[..., Site]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
-from workers.computing import Computing
+from workers.computing import Computing, Spell
 from workers.inhand import Portion, Room
 
 
@@ -57,6 +58,54 @@ def test_decoders_wait_for_a_computing_cpu() -> None:
     decoder.join()
     assert computing.take_s() >= 0.05
     assert computing.take_s() == 0
+
+
+def test_nobody_waits_where_cores_do_not_wait_for_each_other() -> None:
+    computing = Computing("cpu")
+    with computing.running(barriers=False):
+        waited = threading.Thread(target=computing.wait)
+        waited.start()
+        waited.join(5)
+        assert not waited.is_alive()
+    assert computing.take_s() > 0
+
+
+def test_each_thread_counts_its_own_runs() -> None:
+    computing, taken = Computing("cpu"), list[float]()
+
+    def other() -> None:
+        with computing.running(barriers=False):
+            time.sleep(0.02)
+        taken.append(computing.take_s())
+
+    with computing.running(barriers=False):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        time.sleep(0.02)
+    assert taken[0] >= 0.02
+    assert computing.take_s() >= taken[0] + 0.02
+
+
+@pytest.mark.parametrize(
+    ("earlier", "runs", "seconds", "idle"),
+    [
+        (None, ((1.0, 3.0),), 2, 0),
+        ((), ((1.0, 3.0),), 2, 0),
+        (((0.0, 0.5),), ((1.0, 3.0), (4.0, 5.0)), 3, 0.5),
+        (((0.0, 2.0),), ((1.0, 3.0), (4.0, 5.0)), 2, 0),
+        (((0.0, 6.0),), ((1.0, 3.0), (4.0, 5.0)), 0, 0),
+        (((0.0, 2.0),), (), 0, 0),
+    ],
+)
+def test_time_in_which_two_batches_ran_is_counted_once(
+    earlier: tuple[tuple[float, float], ...] | None,
+    runs: tuple[tuple[float, float], ...],
+    seconds: float,
+    idle: float,
+) -> None:
+    before = None if earlier is None else Spell(earlier)
+    assert (Spell(runs).seconds(before), Spell(runs).after(before)) == (seconds, idle)
 
 
 def test_a_network_that_raises_lets_decoders_go_on() -> None:

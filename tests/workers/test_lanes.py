@@ -87,6 +87,28 @@ def test_one_core_has_no_lanes() -> None:
     assert (opened.calls, opened.counts) == ([1], [5])
 
 
+@pytest.mark.parametrize(("threads", "alone"), [(1, False), (2, True), (8, True), (9, False), (16, False)])
+def test_other_work_may_go_on_beside_lanes_of_one_core(threads: int, alone: bool) -> None:
+    assert lanes.alone(session(Opened(), threads)) == alone
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_several_threads_may_call_it(count: int) -> None:
+    opened = Opened()
+    run, found = session(opened, 3), dict[int, Any]()
+
+    def call(number: int) -> None:
+        found[number] = run(images=torch.full((count, 3, 2, 2), float(number)))["output"]
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[number], torch.full((count, 3, 2, 2), 2.0 * number)) for number in range(6))
+    assert len(opened.calls) <= 2, "each session is opened once"
+
+
 def test_an_error_in_a_lane_is_the_sessions() -> None:
     def broken(calls: int) -> Any:
         def run(**tensors: Any) -> Any:
