@@ -167,11 +167,14 @@ def kill_family(process: subprocess.Popen[bytes]) -> None:
 
 def wait_ended(processes: Sequence[psutil.Process], timeout_s: float = 30) -> float:
     """Wait until these processes are gone; returns how long it took."""
-    return flow.wait_until(
-        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes),
-        "processes to end",
-        timeout_s,
-    )
+    return flow.wait_until(lambda: not any(map(_runs, processes)), "processes to end", timeout_s)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it ended between the two
+        return False
 
 
 def wait_stopped(parents: Sequence[subprocess.Popen[bytes]], count: int = 1) -> list[int]:

@@ -1,4 +1,7 @@
-"""The runtime inductor: what cannot be compiled says so, a wrong program is not kept, a machine compiles once."""
+"""The runtime inductor: what cannot be compiled says so, a wrong program is not kept, a machine compiles once.
+
+Whatever runs the compiler is slow: no job does so on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -74,9 +77,8 @@ def test_what_cannot_be_compiled_says_so_and_leaves_nothing(
 
 
 @compiles
-@pytest.mark.parametrize(
-    "precision", ["fp32", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bf16", "fp16"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", runtimes.PRECISIONS)
 def test_the_same_numbers_as_torch_whatever_the_batch_and_the_size(precision: str, tmp_path: Path) -> None:
     """One file for all shapes, a single picture and a single pixel among them; results stay when the next come."""
     session = inductor.open(shared.network(shared.copied), "cpu", precision, shared.Kept(tmp_path))

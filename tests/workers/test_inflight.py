@@ -165,9 +165,10 @@ def test_the_next_batch_is_given_before_the_first_is_answered(
     at = {entry[:2]: place for place, entry in enumerate(staged.log)}
     batches = max(number for _, number, _ in staged.log) + 1
     ahead = [number for number in range(batches - 1) if at["compute", number + 1] < at["answer", number]]
-    assert len(ahead) >= batches // 2, staged.log
-    if way == "lanes":  # which of two that run at once is the first is up to them
+    if way == "lanes":  # they may begin and end by twos, in whichever order
+        assert len(ahead) >= batches // 4, staged.log
         return
+    assert len(ahead) >= batches // 2, staged.log
     two = [number for number in range(batches - 2) if at["compute", number + 2] < at["answer", number]]
     assert not two, f"the device had three batches: {staged.log}"
     assert [number for what, number, _ in staged.log if what == "answer"] == list(range(batches)), "in order"

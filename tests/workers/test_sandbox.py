@@ -513,7 +513,10 @@ def gone(pid: int, patience_s: float = 10) -> bool:
 
     deadline = time.monotonic() + patience_s
     while True:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         if time.monotonic() > deadline:
             return False
