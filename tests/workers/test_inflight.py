@@ -227,6 +227,21 @@ def test_time_is_counted_once(staged: Staged, make: Callable[..., Site]) -> None
     assert spent.get("post", 0) == 0
 
 
+def test_the_device_works_no_longer_than_time_passes(staged: Staged, make: Callable[..., Site], way: str) -> None:
+    site, times = make(), list[float]()
+
+    def network(batch: Sequence[Prepared]) -> None:
+        times.append(time.perf_counter())
+        with site.stream.computing.running(barriers=way == "gpu"):
+            time.sleep(0.05)
+        times.append(time.perf_counter())
+
+    staged.before_compute = network
+    site.work()
+    spent = progress.profile(site.db, site.job.id).seconds
+    assert 0.05 <= spent["device"] <= max(times) - min(times)
+
+
 @pytest.mark.parametrize("where", ["before_compute", "before_answer"])
 def test_a_picture_that_fails_costs_only_itself(staged: Staged, make: Callable[..., Site], where: str) -> None:
     bad: set[int] = set()

@@ -26,6 +26,7 @@ class Opened:
         self._lock = threading.Lock()
 
     def __call__(self, calls: int) -> Any:
+        time.sleep(0.01)
         self.calls.append(calls)
         return self._session
 

@@ -458,17 +458,24 @@ def test_a_worker_opens_its_model_in_the_jobs_runtime(tmp_path: Path, monkeypatc
     store = open_store((tmp_path / "store").as_uri(), load())
     job = spec(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    answers = []
+    answers, barriers = [], list[bool]()
+
+    @contextlib.contextmanager
+    def running(waits: bool) -> Iterator[None]:
+        barriers.append(waits)
+        yield
+
     for i, runtime in enumerate(["torch", "onnx", "onnx", "openvino"]):
         if i == 2:
             monkeypatch.setattr(exporting, "export", lambda *a: pytest.fail("it is exported already"))
         cache = load().model_copy(update={"cache": tmp_path / str(i)})
-        held = Models(store, cache, "cpu")
+        held = Models(store, cache, "cpu", running=running)
         loaded = held.get(dataclasses.replace(job, runtime=runtime))
         assert (loaded.runtime, loaded.lanes) == (runtime, runtime != "torch")
         answers += loaded.model.infer([loaded.model.prepare(image, Item("k"))])
         held.close()
     assert all(families.same(answers[0], answer) for answer in answers[1:])
+    assert barriers == [True, False, False, False]
 
 
 @pytest.mark.parametrize("traces", [True, False])
