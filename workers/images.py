@@ -361,7 +361,7 @@ def _checked_frame(data: bytes, limits: Limits) -> _Frame:
     frame = _jpeg_frame(data)
     _check_pixels(frame.width, frame.height, limits)
     # The end marker cannot occur within a scan. Older OpenCV fills what a cut file lacks with grey and says nothing.
-    if data.find(b"\xff\xd9", frame.scan) < 0:
+    if data.rfind(b"\xff\xd9", frame.scan) < 0:  # it stands at the end, as a rule
         raise _failed("truncated", "truncated JPEG: it has no end marker")
     if data.count(b"\xff\xda", frame.scan) > _MAX_JPEG_SCANS:
         raise _failed("corrupt", f"JPEG with more than {_MAX_JPEG_SCANS} scans: each costs a pass over all pixels")

@@ -134,7 +134,7 @@ def summary(result: Result) -> Summary:
 
 
 def agreement(expected: Result, found: Result, least: float = 0.0) -> float | None:
-    """The share of masks that have their like in the other result, 0..1; None when neither has any.
+    """How well the masks of two results overlap, 0..1, those without a like with 0; None when neither has any.
 
     Args:
         least: the job's score threshold.

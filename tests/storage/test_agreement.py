@@ -24,8 +24,9 @@ def found(*objects: tuple[float, float, int]) -> detections.Result:
 CASES: dict[str, tuple[detections.Result, detections.Result, float | None]] = {
     "nothing in either": (found(), found(), None),
     "the same": (found((0, 0.9, 1), (300, 0.5, 2)), found((0, 0.9, 1), (300, 0.5, 2)), 1.0),
-    "a little moved": (found((0, 0.9, 1)), found((2, 0.88, 1)), 1.0),
-    "moved too far": (found((0, 0.9, 1), (300, 0.5, 1)), found((20, 0.9, 1), (300, 0.5, 1)), 0.5),
+    "a little moved": (found((0, 0.9, 1)), found((2, 0.88, 1)), 98 / 102),
+    "one moved a little": (found((0, 0.9, 1), (300, 0.5, 1)), found((2, 0.9, 1), (300, 0.5, 1)), (98 / 102 + 1) / 2),
+    "moved too far": (found((0, 0.9, 1), (300, 0.5, 1)), found((40, 0.9, 1), (300, 0.5, 1)), 0.5),
     "another class": (found((0, 0.9, 1), (300, 0.5, 1)), found((0, 0.9, 2), (300, 0.5, 1)), 0.5),
     "another score": (found((0, 0.9, 1), (300, 0.5, 1)), found((0, 0.8, 1), (300, 0.5, 1)), 0.5),
     "one lost near the threshold": (found((0, 0.9, 1), (300, 0.26, 1)), found((0, 0.9, 1)), 1.0),
@@ -40,7 +41,7 @@ def test_detections(name: str) -> None:
     one, other, expected = CASES[name]
     agreed = detections.agreement(one, other, 0.25)
     assert agreed == (None if expected is None else pytest.approx(expected))
-    assert detections.agreement(other, one, 0.25) == agreed
+    assert detections.agreement(other, one, 0.25) == (None if agreed is None else pytest.approx(agreed))
 
 
 def test_without_a_threshold_every_object_counts() -> None:
@@ -76,10 +77,11 @@ def masked(*columns: int) -> masks.Result:
 
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
-    [((), (), None), ((10, 18), (10, 18), 1.0), ((10, 20), (10, 19), 1.0), ((10,), (7,), 0.0), ((0,), (0,), 1.0)],
+    [((), (), None), ((10, 18), (10, 18), 1.0), ((10, 20), (10, 19), 0.975), ((10,), (5,), 0.0), ((0,), (0,), 1.0)],
 )
 def test_masks(one: tuple[int, ...], other: tuple[int, ...], expected: float | None) -> None:
-    assert masks.agreement(masked(*one), masked(*other)) == expected
+    agreed = masks.agreement(masked(*one), masked(*other))
+    assert agreed == (None if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize(
