@@ -20,7 +20,7 @@ def of_objects(
     """How well the objects of two lists (n and m long) are each other's: 2 overlaps of the pairs / (n + m).
 
     That is panoptic quality (arXiv 1801.00868): a pair counts as far as its two overlap. So results that are all a
-    little off lose by it, and a single box lost little where suppression kept another of nearly the same score, as
+    little off lose by it, and a single box costs little where suppression kept another of nearly the same score, as
     happens in half precision. An object without a like whose score is less than SAME_SCORE above the job's threshold
     counts for nothing: its like may have been cut off.
 

@@ -240,7 +240,7 @@ def scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("stack", ["laptop"], indirect=True)
 def test_a_long_job_is_tuned_once_and_says_so(stack: dict[str, str], scenes: Path) -> None:
-    stack["IMAGEMILL_TUNE_SECONDS"] = "0.05"  # so that a job of seconds is long
+    stack["IMAGEMILL_TUNE_SECONDS"] = "0.01"  # so that a job of half a second is long
     command = ("annotate", str(scenes), "--model", str(DEMO / "shapes-yolov8.pt"), "--device", "cpu")
     # Small pictures, and nothing to be exported first; `tune` is tested with every runtime.
     command += ("--runtime", "torch", "--imgsz", "64")
