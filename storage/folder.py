@@ -169,8 +169,8 @@ def _create(temporary: Path, key: str, root: Path) -> None:
             temporary.touch()
             return
         except (FileNotFoundError, FileExistsError, NotADirectoryError):
-            blocking = next((p for p in temporary.parents if os.path.lexists(p)), temporary)
-            if not blocking.is_dir():
+            blocking = _blocking(temporary)
+            if blocking is not None:
                 if blocking == root or blocking in root.parents:
                     raise Misconfigured(f"no folder can be made at {root}: {str(blocking)!r} is a file") from None
                 raise BadInput(
@@ -178,6 +178,16 @@ def _create(temporary: Path, key: str, root: Path) -> None:
                 ) from None
             if attempt == 99:
                 raise
+
+
+def _blocking(path: Path) -> Path | None:
+    """What stands where a folder above the path should be. Each is looked at once: it may be gone the next time."""
+    for parent in path.parents:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return None if stat.S_ISDIR(parent.stat().st_mode) else parent
+        if parent.is_symlink():
+            return parent
+    return None
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -209,6 +210,43 @@ def test_a_folder_that_keeps_going_away_under_a_put(tmp_path: Path, monkeypatch:
     store = folder.FolderStore(tmp_path / "store")
     store.put("a/k", b"1")
     assert store.get("a/k") == b"1"
+
+
+def test_a_folder_that_goes_away_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector removes the folder that a put failed in right when the put looks why: no file stands there."""
+    real_touch, goes = Path.touch, [tmp_path / "store" / "a"]
+
+    def touch(path: Path) -> None:
+        if goes:
+            raise FileNotFoundError(path)
+        real_touch(path)
+
+    def looking(look: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def looked(path: Any, **options: Any) -> os.stat_result:
+            found = look(path, **options)
+            if goes and path == goes[0]:
+                goes.pop().rmdir()
+            return found
+
+        return looked
+
+    monkeypatch.setattr(Path, "touch", touch)
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    store = folder.FolderStore(tmp_path / "store")
+    store.put("a/k", b"1")
+    assert store.get("a/k") == b"1"
+    assert not goes
+
+
+@pytest.mark.parametrize("to", ["nothing", "file"])
+def test_a_link_in_the_way_of_a_folder(to: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = folder.FolderStore(tmp_path / "store")
+    store.put("b", b"1")
+    (tmp_path / "store" / "a").symlink_to(tmp_path / to)
+    with pytest.raises(BadInput, match="take another key"):
+        store.put("a/k", b"1")
 
 
 def test_a_reader_never_sees_half_an_object(tmp_path: Path) -> None:
