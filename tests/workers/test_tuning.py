@@ -31,11 +31,13 @@ SPEC = JobSpec(
 
 
 class Timed:
-    """A detector that takes so long for each picture, and moves every box by so much."""
+    """A detector that takes so long for each picture, and moves every box by so much; its scores are one number."""
 
-    def __init__(self, each_s: float, moved: float = 0.0, raises: Exception | None = None, boxes: int = 2) -> None:
-        self.each_s, self.moved, self.raises, self.boxes = each_s, moved, raises, boxes
-        self.loaded = 0
+    def __init__(
+        self, each_s: float, moved: float = 0.0, raises: Exception | None = None, boxes: int = 2, score: float = 0.9
+    ) -> None:
+        self.each_s, self.moved, self.raises, self.boxes, self.score = each_s, moved, raises, boxes, score
+        self.loaded, self.conf = 0, 0.25
 
     def infer(self, batch: Sequence[Prepared]) -> list[Any]:
         time.sleep(self.each_s * len(batch))
@@ -46,8 +48,9 @@ class Timed:
     def _one(self, seed: int) -> detections.Result:
         corners = np.random.default_rng(seed).uniform(0, 100, (self.boxes, 2))
         boxes = np.concatenate([corners, corners + 50], 1).astype(np.float32) + np.float32(self.moved)
-        n = self.boxes
-        return detections.Result(boxes, np.full(n, 0.9, np.float32), np.zeros(n, np.int32), ("dog",) * n)
+        n = self.boxes if self.score > self.conf else 0
+        scores = np.full(n, self.score, np.float32)
+        return detections.Result(boxes[:n], scores, np.zeros(n, np.int32), ("dog",) * n)
 
     def close(self) -> None:
         """One use of it less."""
@@ -62,6 +65,7 @@ def tuned(ways: dict[tuple[str, str], Timed], spec: JobSpec = SPEC, budget_s: fl
         if way is None:
             raise Misconfigured(f"the runtime {wanted.runtime} is not installed here")
         way.loaded += 1
+        way.conf = wanted.params.get("conf", 0.0)
         return Loaded("key", way, BatchSize(wanted.batch), wanted.runtime, True)  # type: ignore[arg-type]
 
     work = Tuning(spec, "cpu", load, lambda measured: None, budget_s)
@@ -118,6 +122,23 @@ def test_where_nothing_is_found_less_precision_has_no_evidence() -> None:
     assert tuned(ways)[0].precision == "fp32"
     best, _ = tuned({**ways, ("openvino", "fp32"): Timed(0.0005, boxes=0)})
     assert (best.runtime, best.precision) == ("openvino", "fp32")
+
+
+@pytest.mark.parametrize(("moved", "precision"), [(0.1, "bf16"), (1.0, "fp32")])
+def test_where_nothing_is_found_less_sure_boxes_are_the_evidence(moved: float, precision: str) -> None:
+    spec = dataclasses.replace(SPEC, params={"conf": 0.25})
+    ways = {("torch", "fp32"): Timed(0.004, score=0.15), ("torch", "bf16"): Timed(0.0005, moved, score=0.15)}
+    best, found = tuned(ways, spec)
+    assert best.precision == precision
+    assert all(one.agreement is not None for one in found if one.precision == "bf16" and one.rate)
+
+
+def test_what_is_found_at_the_jobs_confidence_is_not_asked_again() -> None:
+    """What a model is less sure of differs more; it must not speak against a way that gives the job's own results."""
+    spec = dataclasses.replace(SPEC, params={"conf": 0.25})
+    ways = {("torch", "fp32"): Timed(0.004), ("torch", "bf16"): Timed(0.0005)}
+    tuned(ways, spec)
+    assert [way.conf for way in ways.values()] == [0.25, 0.25]
 
 
 class Disturbed(Timed):
