@@ -25,6 +25,7 @@ def opened(network: Network, threads: int, open_for: Callable[[int], Session]) -
     Args:
         threads: of all lanes together.
         open_for: so many calls at once that share all threads -> a session that may be called from as many threads.
+            Where it is more than one, what the session gives may be overwritten by the next call of the same thread.
     """
     each = math.ceil(threads / _MOST)
     lanes = threads // each
@@ -53,13 +54,32 @@ class _Lanes:
         self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane")
 
     def __call__(self, **tensors: Any) -> dict[str, Any]:
-        import torch
-
         count = len(next(iter(tensors.values())))
         if 2 * count <= self._lanes:  # too few pictures for half of the cores
             with self._lock:
                 self._wide = self._wide or self._open_for(1)
             return self._wide(**tensors)
         each = [{name: tensor[i : i + 1] for name, tensor in tensors.items()} for i in range(count)]
-        answers = list(self._pool.map(lambda one: self._narrow(**one), each))
-        return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
+        whole = _Whole(count)
+        for _ in self._pool.map(lambda place: whole.put(place, self._narrow(**each[place])), range(count)):
+            pass
+        return whole.outputs
+
+
+class _Whole:
+    """The outputs of a batch, to which each lane adds the rows of its pictures."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._lock = count, threading.Lock()
+        self.outputs: dict[str, Any] = {}
+
+    def put(self, place: int, rows: dict[str, Any]) -> None:
+        """Copy one picture's outputs, (1, ...) each, to its place."""
+        with self._lock:
+            self.outputs = self.outputs or {
+                name: row.new_empty((self._count, *row.shape[1:])) for name, row in rows.items()
+            }
+        for name, row in rows.items():
+            if row.shape[1:] != self.outputs[name].shape[1:]:  # which torch might stretch
+                raise RuntimeError(f"expected {name} of one shape for all pictures, but got {tuple(row.shape[1:])}")
+            self.outputs[name][place] = row[0]

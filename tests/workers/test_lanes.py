@@ -66,6 +66,30 @@ def test_too_few_pictures_get_all_cores() -> None:
     assert opened.counts[3:] == [1, 1, 1]
 
 
+def test_what_a_lane_gives_may_be_overwritten_by_its_next_picture() -> None:
+    mine = threading.local()
+
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not hasattr(mine, "output"):
+            mine.output = torch.empty(1, 3, 2, 2)
+        mine.output.copy_(2 * images)
+        time.sleep(random.uniform(0, 0.002))
+        return {"output": mine.output}
+
+    images = torch.arange(40.0).reshape(40, 1, 1, 1).expand(40, 3, 2, 2)
+    network = Network("n", torch.nn.Identity, {"images": torch.zeros(2, 3, 2, 2)}, ("output",), BATCHED)
+    assert torch.equal(lanes.opened(network, 2, lambda calls: run)(images=images)["output"], 2 * images)
+
+
+def test_outputs_of_unlike_shapes_are_an_error() -> None:
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"output": torch.ones(1, 1 if images.sum() else 3)}
+
+    network = Network("n", torch.nn.Identity, {"images": torch.zeros(2, 3)}, ("output",), BATCHED)
+    with pytest.raises(RuntimeError, match="of one shape for all pictures"):
+        lanes.opened(network, 2, lambda calls: run)(images=torch.eye(5, 3))
+
+
 @pytest.mark.parametrize(
     "axes",
     [
