@@ -239,7 +239,7 @@ def test_the_device_works_no_longer_than_time_passes(staged: Staged, make: Calla
     staged.before_compute = network
     site.work()
     spent = progress.profile(site.db, site.job.id).seconds
-    # A little more than what is timed here: the clock is read around it. Counted twice, it would be nearly twice as long.
+    # The clock is read around what is timed here. Counted twice, it would be nearly twice as long.
     assert 0.05 <= spent["device"] <= 1.2 * (max(times) - min(times))
 
 
