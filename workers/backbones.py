@@ -18,6 +18,7 @@ from storage.errors import BadInput, ItemFailed
 from storage.results import embedding, labels
 from workers import uploading
 from workers.models import Image, Item, Prepared
+from workers.pixels import Pixels
 from workers.runtimes import Network, Session
 
 POOLS = ("default", "cls", "mean")
@@ -105,25 +106,25 @@ class Input:
     Attributes:
         crop: (height, width, 3) uint8 RGB -> the same, scaled and cropped to the size of the input.
         size: (height, width) of the input in pixels.
-        mean, std: of the three channels in 0..1, taken away and divided by on the device.
+        pixels: how its bytes become the network's numbers.
     """
 
     crop: Callable[[Image], Image]
     size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    pixels: Pixels
 
 
-def network(name: str, build: Callable[[], Any], size: tuple[int, int]) -> Network:
-    """A network of one output, (batch, n), for inputs of one size."""
+def network(name: str, build: Callable[[], Any], given: Input) -> Network:
+    """A network of one output, (batch, n)."""
     import torch
 
     return Network(
         name=name,
         build=build,
-        example={"images": torch.zeros(2, 3, *size)},  # two: exporters take a batch of one for a constant
+        example={"images": torch.zeros(2, 3, *given.size)},  # two: exporters take a batch of one for a constant
         outputs=("output",),
         dynamic_axes={"images": {0: "batch"}, "output": {0: "batch"}},
+        pixels={"images": given.pixels},
     )
 
 
@@ -152,7 +153,7 @@ class Backbone:
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            return self._session(images=self._tensor(batch))["output"]
+            return self._session(images=uploading.pictures([item.data for item in batch], self._device))["output"]
 
     def answer(self, output: Any, batch: Sequence[Prepared]) -> Answers:
         """A result for each picture, from what `compute` gave."""
@@ -166,12 +167,6 @@ class Backbone:
     def close(self) -> None:
         """Let go of the network."""
         self._session = None
-
-    def _tensor(self, batch: Sequence[Prepared]) -> Any:
-        """(batch, 3, height, width) float32 on the device, normalised there, channels last; the copy is of bytes."""
-        images = uploading.stacked([item.data for item in batch], self._device).permute(0, 3, 1, 2).float().div_(255)
-        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self._given.mean, self._given.std))
-        return images.sub_(mean).div_(std)
 
 
 def _not_finite() -> ItemFailed:

@@ -96,7 +96,7 @@ def black(name: str, session: Session, given: str, got: str, size: int, device: 
     import torch
 
     try:
-        return session(**{given: torch.zeros(1, 3, size, size, device=device)})[got]
+        return session(**{given: torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)})[got]
     except (RuntimeError, ValueError) as error:
         raise BadInput(f"{name} cannot be run on a picture of {size} pixels: {one_line(str(error), 300)}") from error
 

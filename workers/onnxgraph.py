@@ -207,9 +207,15 @@ def options(threads: int) -> Any:
 
 
 def typed(tensor: Any, kind: str) -> Any:
-    """A tensor in the type that an input of a graph has, such as "tensor(float16)"."""
+    """A tensor in the type that an input of a graph has, such as "tensor(float16)".
+
+    Raises:
+        TypeError: bytes, of which only their Pixels know what numbers they are.
+    """
     import torch
 
+    if tensor.dtype == torch.uint8 and kind != "tensor(uint8)":
+        raise TypeError(f"expected a {kind}, but got bytes")
     floats = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
     return tensor.to(floats[kind]) if kind in floats else tensor
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from storage.errors import BadInput
+from workers import pixels
 from workers.runtimes import PRECISIONS, Network, Session
 
 
@@ -42,7 +43,7 @@ def session(network: Network, call: Callable[..., tuple[Any, ...]], device: str,
             for name, value in zip(network.outputs, outputs, strict=True)
         }
 
-    return run
+    return pixels.taken(network, run)
 
 
 def placed(tensor: Any, device: str, dtype: Any) -> Any:

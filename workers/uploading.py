@@ -14,6 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 
+def pictures(arrays: Sequence[npt.NDArray[np.uint8]], device: str) -> Any:
+    """Pictures (height, width, 3) of one size -> (batch, 3, height, width) uint8 on the device, channels last."""
+    return stacked(arrays, device).permute(0, 3, 1, 2)
+
+
 def stacked(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
     """Arrays of one shape and dtype -> a tensor (batch, *shape) of that dtype on the device.
 

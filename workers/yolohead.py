@@ -131,9 +131,8 @@ def branch(head: Any, nms: bool, name: str) -> dict[str, Any]:
 
 
 def stacked(batch: Sequence[Prepared], device: str) -> Any:
-    """(batch, 3, height, width) float32 in 0..1 on the device, channels last; the copy there is of bytes."""
-    pixels = uploading.stacked([item.data for item in batch], device)
-    return pixels.permute(0, 3, 1, 2).float().div_(255)
+    """(batch, 3, height, width) uint8 on the device, channels last."""
+    return uploading.pictures([item.data for item in batch], device)
 
 
 def kept(

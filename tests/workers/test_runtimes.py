@@ -31,6 +31,7 @@ from workers import exporting, models, onnxcuda, onnxgraph, runtimes, ultralytic
 from workers.engines import Engines
 from workers.loaded import Models
 from workers.models import Item, Site
+from workers.pixels import Pixels
 from workers.runtimes import PRECISIONS, Network, NotRunnable, inductor, tensorrt
 from workers.runtimes import onnx as onnx_runtime
 from workers.runtimes import torch as torch_runtime
@@ -167,6 +168,31 @@ def test_the_same_numbers_as_torch_whatever_the_batch_and_the_size(name: str, pr
         allowed = ROUNDING[precision] * float(expected.abs().max())
         torch.testing.assert_close(out["out"], expected, atol=allowed, rtol=0)
         assert torch.equal(out["best"], out["out"].argmax(1)) or precision != "fp32"
+
+
+@pytest.mark.parametrize("of_bytes", [Pixels(), Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+@pytest.mark.parametrize(("name", "precision"), PAIRS)
+def test_pictures_come_as_bytes(name: str, precision: str, of_bytes: Pixels, files: Kept) -> None:
+    """Channels last in memory or not; what is no picture stays what it is."""
+    session = opened(name, dataclasses.replace(network(copied), pixels={"images": of_bytes}), precision, files)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (of_bytes.mean, of_bytes.std))
+    for shape in ((1, 3, 8, 8), (5, 3, 12, 20), (2, 3, 1, 1)):
+        images, bias = torch.randint(0, 256, shape, dtype=torch.uint8), torch.randn(shape[0])
+        with torch.no_grad():
+            expected = two()((images / 255 - mean) / std, bias)[0]
+        for order in (torch.contiguous_format, torch.channels_last):
+            before = images.clone()
+            out = session(images=images.contiguous(memory_format=order), bias=bias)["out"]
+            allowed = ROUNDING[precision] * float(expected.abs().max())
+            torch.testing.assert_close(out, expected, atol=allowed, rtol=0)
+            assert torch.equal(images, before)
+
+
+def test_openvino_takes_no_floats_for_bytes(files: Kept) -> None:
+    """It would cut them off without a word."""
+    session = opened("openvino", dataclasses.replace(network(copied), pixels={"images": Pixels()}), "fp32", files)
+    with pytest.raises(TypeError, match=r"expected images as bytes, but got torch\.float32"):
+        session(images=torch.rand(1, 3, 8, 8), bias=torch.zeros(1))
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -408,7 +434,10 @@ def _inputs(net: Network, batch: int, grown: int) -> dict[str, torch.Tensor]:
     for name, shape in shapes.items():
         for step, axis in enumerate(net.dynamic_axes[name]):
             shape[axis] = batch if axis == 0 else shape[axis] + 32 * grown * step
-    return {name: torch.randn(shape) for name, shape in shapes.items()}
+    return {
+        name: torch.randint(0, 256, shape, dtype=torch.uint8) if name in net.pixels else torch.randn(shape)
+        for name, shape in shapes.items()
+    }
 
 
 def test_real_networks_give_in_every_runtime_what_torch_gives(real: Network, files: Kept) -> None:

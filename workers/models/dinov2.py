@@ -18,6 +18,7 @@ from storage.errors import BadInput
 from workers import backbones, checkpoints, models
 from workers.backbones import Backbone, EmbeddingParams, Input, LabelsParams
 from workers.models import Card, Image, Site
+from workers.pixels import Pixels
 
 REQUIRES = ("torch", "torchvision", "transformers", "safetensors", "PIL")
 EXTRA = "models"
@@ -121,7 +122,7 @@ def load(card: Card, params: EmbeddingParams | LabelsParams, weights: Path, site
         model = _from_folder(weights, card.kind) if weights.is_dir() else _from_original(weights)
         return _network(model, card.kind, given.size, params, original=not weights.is_dir())
 
-    session = site.open_network(backbones.network("dinov2", build, given.size))
+    session = site.open_network(backbones.network("dinov2", build, given))
     if isinstance(params, LabelsParams):
         models.check_labels({"classes": params.classes}, names)
         return Backbone(given, session, site.device, backbones.softmax_labels(params, names))
@@ -149,7 +150,7 @@ def _input_of_folder(folder: Path, imgsz: int) -> Input:
         cropped = _shorter_side(round(size * edge / side), size, _INTERPOLATIONS[int(processor.resample)])
     else:
         cropped = _through(processor, {"shortest_edge": imgsz} if edge else {"height": imgsz, "width": imgsz}, imgsz)
-    return Input(cropped, (size, size), mean, std)  # type: ignore[arg-type]
+    return Input(cropped, (size, size), Pixels(mean, std))  # type: ignore[arg-type]
 
 
 def _shorter_side(edge: int, size: int, interpolation: str) -> Callable[[Image], Image]:
@@ -199,7 +200,7 @@ def _input_of_original(imgsz: int) -> Input:
         transforms.PILToTensor(),
     ]
     crop = backbones.pil_crop(transforms.Compose(steps))
-    return Input(lambda image: crop(backbones.middle(image)), (size, size), _MEAN, _STD)
+    return Input(lambda image: crop(backbones.middle(image)), (size, size), Pixels(_MEAN, _STD))
 
 
 # ------------------------------------------------------------------------------------------------ the network

@@ -15,6 +15,7 @@ from storage.errors import BadInput
 from workers import enginemeta, graphfiles
 from workers.graphfiles import Detector, Layout, Params
 from workers.models import Card, Site, check_labels
+from workers.pixels import Pixels
 from workers.runtimes import Network, NotRunnable
 
 REQUIRES = ("torch", "torchvision", "cv2", "tensorrt")
@@ -97,4 +98,4 @@ def _network(path: Path, size: int) -> Network:
         raise NotRunnable(f"{path.name} is an engine, which the runtime {RUNTIME} alone runs; give --runtime {RUNTIME}")
 
     example = {_GIVEN: torch.zeros(1, 3, size, size)}
-    return Network("enginefile", no_module, example, (_GOT,), engine=path)
+    return Network("enginefile", no_module, example, (_GOT,), pixels={_GIVEN: Pixels()}, engine=path)

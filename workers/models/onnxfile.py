@@ -15,6 +15,7 @@ from workers import graphfiles, onnxgraph, onnxmeta
 from workers.graphfiles import Detector, Layout, Params
 from workers.models import Card, Site, check_labels
 from workers.onnxmeta import About, Axis
+from workers.pixels import Pixels
 from workers.runtimes import Network
 
 REQUIRES = ("torch", "torchvision", "cv2", "onnx", "onnxruntime", "onnxscript")
@@ -120,6 +121,7 @@ def _network(path: Path, layout: Layout, size: int) -> Network:
         example={layout.given: torch.zeros(layout.batch or 2, 3, size, size)},
         outputs=(layout.got,),
         dynamic_axes={layout.given: {**batch, **sides}, layout.got: {**batch, **({} if layout.side else {2: "n"})}},
+        pixels={layout.given: Pixels()},
         onnx=path,
     )
 

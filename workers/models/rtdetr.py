@@ -20,6 +20,7 @@ from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
 from workers import checkpoints, ultralytics_checkpoints, uploading
 from workers.models import Card, Image, Item, Prepared, Site, check_labels
+from workers.pixels import Pixels
 from workers.runtimes import Network, Session
 
 REQUIRES = ("torch", "torchvision", "ultralytics", "cv2")
@@ -139,6 +140,7 @@ def _network(build: Callable[[], Any], imgsz: int) -> Network:
         example={"images": torch.zeros(2, 3, imgsz, imgsz)},  # two: exporters take a batch of one for a constant
         outputs=("boxes", "logits"),
         dynamic_axes={name: {0: "batch"} for name in ("images", "boxes", "logits")},
+        pixels={"images": Pixels()},
     )
 
 
@@ -171,7 +173,7 @@ class Detector:
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            return self._session(images=self._tensor(batch))
+            return self._session(images=uploading.pictures([item.data for item in batch], self._device))
 
     def answer(self, raw: dict[str, Any], batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The boxes of each picture, from what `compute` gave."""
@@ -190,11 +192,6 @@ class Detector:
     def close(self) -> None:
         """Let go of the network."""
         self._session = None
-
-    def _tensor(self, batch: Sequence[Prepared]) -> Any:
-        """(batch, 3, height, width) float32 in 0..1 on the device, channels last; the copy there is of bytes."""
-        pixels = uploading.stacked([item.data for item in batch], self._device)
-        return pixels.permute(0, 3, 1, 2).float().div_(255)
 
     def _result(self, found: Any, image: Prepared) -> Result:
         """Rows (n, 6), best first -> boxes in the original picture, not clipped to it, as upstream's are not."""

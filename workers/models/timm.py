@@ -18,6 +18,7 @@ from storage.errors import BadInput
 from workers import backbones, models, statedicts
 from workers.backbones import Backbone, Input
 from workers.models import Card, Site
+from workers.pixels import Pixels
 
 REQUIRES = ("torch", "torchvision", "timm", "safetensors", "PIL")
 EXTRA = "models"
@@ -189,7 +190,7 @@ def load(card: Card, params: EmbeddingParams | LabelsParams, weights: Path, site
     def build() -> Any:
         return _module(first.pop() if first else _model(weights, params), params)
 
-    session = site.open_network(backbones.network("timm", build, given.size))
+    session = site.open_network(backbones.network("timm", build, given))
     if isinstance(params, LabelsParams):
         return Backbone(given, session, site.device, backbones.softmax_labels(params, names))
     return Backbone(given, session, site.device, backbones.vectors(params))
@@ -265,9 +266,8 @@ def _input(model: Any, imgsz: int) -> Input:
         raise BadInput(f"the network takes pictures of {channels} channels; expected 3, for RGB")
     crop = backbones.pil_crop(create_transform(**data, is_training=False, normalize=False))
     whole = data["crop_mode"] != "center"  # squashed or padded: every pixel counts, and none is scaled up much
-    return Input(
-        crop if whole else lambda image: crop(backbones.middle(image)), (height, width), data["mean"], data["std"]
-    )
+    pixels = Pixels(tuple(data["mean"]), tuple(data["std"]))
+    return Input(crop if whole else lambda image: crop(backbones.middle(image)), (height, width), pixels)
 
 
 def _module(model: Any, params: Any) -> Any:

@@ -20,6 +20,7 @@ from storage.errors import BadInput, one_line
 from workers import backbones, models, statedicts
 from workers.backbones import Backbone, EmbeddingParams, Input, LabelsParams
 from workers.models import Card, Site
+from workers.pixels import Pixels
 
 REQUIRES = ("torch", "torchvision", "PIL")
 
@@ -179,7 +180,7 @@ def load(card: Card, params: EmbeddingParams | LabelsParams, weights: Path, site
     def build() -> Any:
         return _module(_filled(found, _state(weights), given.size[0]), params)
 
-    session = site.open_network(backbones.network(found.name, build, given.size))
+    session = site.open_network(backbones.network(found.name, build, given))
     if isinstance(params, LabelsParams):
         return Backbone(given, session, site.device, backbones.softmax_labels(params, names))
     return Backbone(given, session, site.device, backbones.vectors(params))
@@ -254,7 +255,7 @@ def _input(found: _Found, imgsz: int, sha256: str) -> Input:
         return functional.pil_to_tensor(functional.center_crop(scaled, [size, size]))
 
     crop = backbones.pil_crop(transform)
-    return Input(lambda image: crop(backbones.middle(image)), (size, size), tuple(data.mean), tuple(data.std))
+    return Input(lambda image: crop(backbones.middle(image)), (size, size), Pixels(tuple(data.mean), tuple(data.std)))
 
 
 def _filled(found: _Found, state: dict[str, Any], size: int) -> Any:

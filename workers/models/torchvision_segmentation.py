@@ -21,6 +21,7 @@ from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
 from workers import masks, statedicts, uploading
 from workers.models import Card, Image, Item, Prepared, Site, check_labels
+from workers.pixels import Pixels
 from workers.runtimes import Network, Session
 
 REQUIRES = ("torch", "torchvision", "PIL")
@@ -143,6 +144,7 @@ def load(card: Card, params: Params, weights: Path, site: Site) -> Segmenter:
         example={"images": torch.zeros(2, 3, params.imgsz, params.imgsz)},  # exporters take one for a constant
         outputs=("logits",),
         dynamic_axes={"images": {0: "batch", 2: "height", 3: "width"}, "logits": maps},
+        pixels={"images": Pixels(_MEAN, _STD)},
     )
     return Segmenter(params, labels, site.open_network(network), site.device)
 
@@ -202,7 +204,8 @@ class Segmenter:
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            return self._session(images=self._tensor(batch))["logits"]
+            pictures = uploading.pictures([item.data for item in batch], self._device)
+            return self._session(images=pictures)["logits"]
 
     def answer(self, logits: Any, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The masks of each picture, from what `compute` gave."""
@@ -218,14 +221,6 @@ class Segmenter:
     def close(self) -> None:
         """Let go of the network."""
         self._session = None
-
-    def _tensor(self, batch: Sequence[Prepared]) -> Any:
-        """(batch, 3, height, width) float32 on the device, normalised."""
-        import torch
-
-        pixels = uploading.stacked([item.data for item in batch], self._device)
-        mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (_MEAN, _STD))
-        return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def _result(self, logits: Any, image: Prepared) -> Result:
         """The masks of one picture from its map (classes, map height, map width)."""

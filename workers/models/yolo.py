@@ -16,6 +16,7 @@ from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
 from workers import checkpoints, ultralytics_checkpoints, yolohead
 from workers.models import Card, Image, Item, Prepared, Site
+from workers.pixels import Pixels
 from workers.runtimes import Network, Session
 from workers.yolohead import Head, Params, check_labels
 
@@ -78,6 +79,7 @@ def _network(build: Callable[[], Any], imgsz: int) -> Network:
             "distances": {0: "batch", 2: "anchors"},
             "logits": {0: "batch", 2: "anchors"},
         },
+        pixels={"images": Pixels()},
     )
 
 

@@ -19,6 +19,7 @@ from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
 from workers import checkpoints, masks, ultralytics_checkpoints, yolohead
 from workers.models import Card, Image, Item, Prepared, Site
+from workers.pixels import Pixels
 from workers.runtimes import Network, Session
 from workers.yolohead import Head, check_labels
 
@@ -106,6 +107,7 @@ def _network(build: Callable[[], Any], imgsz: int) -> Network:
             "coefficients": anchors,
             "maps": {0: "batch", 2: "map height", 3: "map width"},
         },
+        pixels={"images": Pixels()},
     )
 
 

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from storage.errors import BadInput, ImagemillError, Misconfigured
+from workers.pixels import Pixels
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 FALLBACK = "torch"
@@ -44,6 +45,8 @@ class Network:
         example: input name -> example tensor.
         outputs: names of the outputs.
         dynamic_axes: input or output name -> {axis: axis name} that may vary.
+        pixels: input name -> how the bytes of pictures become this input. A session is given the bytes,
+            (batch, 3, height, width) uint8; the module, and every file made of it, takes the floats.
         onnx: a file that is this network already, for one that comes as a file; its inputs and outputs have the names
             above, and it runs in the precision that it was written in.
         engine: an engine of TensorRT that is this network already, as `workers.enginemeta` reads it; no other runtime
@@ -55,6 +58,7 @@ class Network:
     example: Mapping[str, Any]
     outputs: tuple[str, ...]
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    pixels: Mapping[str, Pixels] = field(default_factory=dict)
     onnx: Path | None = None
     engine: Path | None = None
 
@@ -69,7 +73,7 @@ class Network:
 
 
 class Session(Protocol):
-    """A network ready to run: tensors on the device in, tensors on the device out."""
+    """A network ready to run: tensors on the device in, tensors on the device out; of its `pixels`, bytes."""
 
     def __call__(self, **inputs: Any) -> dict[str, Any]: ...
 

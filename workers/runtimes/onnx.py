@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import Misconfigured, one_line
-from workers import lanes, onnxcuda, onnxgraph
+from workers import lanes, onnxcuda, onnxgraph, pixels
 from workers.runtimes import Files, Network, NotRunnable, Session
 
 RUNS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
@@ -34,9 +34,13 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
 
     path = onnxgraph.exported(network, files, precision)
     if device.startswith("cuda"):
-        return _on_cuda(path, device)
+        return pixels.taken(network, _on_cuda(path, device))
     threads = torch.get_num_threads()
-    return lanes.opened(network, threads, lambda calls: onnxgraph.opened(path, threads // calls))
+
+    def opened(calls: int) -> Session:
+        return pixels.taken(network, onnxgraph.opened(path, threads // calls))
+
+    return lanes.opened(network, threads, opened)
 
 
 def _on_cuda(path: Path, device: str) -> Session:

@@ -42,7 +42,7 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
         raise BadInput("this CPU has no instructions for bf16; take --precision fp32")
     path = onnxgraph.exported(network, files)
     try:
-        model = _channels_last(core.read_model(path), network)
+        model = _taking_pictures(core.read_model(path), network)
         return lanes.opened(
             network, torch.get_num_threads(), lambda calls: _compiled(core, model, network, precision, calls)
         )
@@ -50,25 +50,38 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
         raise NotRunnable(f"OpenVINO cannot run the network {network.name}: {one_line(str(error), 400)}") from error
 
 
-def _channels_last(model: Any, network: Network) -> Any:
-    """The model with pictures given channels last: as models give them, and as OpenVINO computes them."""
-    from openvino import Layout
+def _taking_pictures(model: Any, network: Network) -> Any:
+    """The model with pictures given channels last: as models give them, and as OpenVINO computes them; and as bytes.
+
+    What makes numbers of bytes costs nothing measurable there: yolov8n at 640 x 448 and 224 x 224 in bf16 ran 1.01 and
+    1.00 times as fast as with floats.
+    """
+    from openvino import Layout, Type
     from openvino.preprocess import PrePostProcessor
 
     steps = PrePostProcessor(model)
-    for name in filter(lambda name: _is_picture(network.example[name]), network.example):
+    for name in filter(lambda name: _is_picture(network, name), network.example):
         steps.input(name).tensor().set_layout(Layout("NHWC"))
         steps.input(name).model().set_layout(Layout("NCHW"))
+        if name in network.pixels:
+            of_bytes = network.pixels[name]
+            steps.input(name).tensor().set_element_type(Type.u8)
+            step = steps.input(name).preprocess().convert_element_type(Type.f32)
+            step = step if of_bytes.plain else step.mean([255 * mean for mean in of_bytes.mean])
+            step.scale([255 * std for std in of_bytes.std])
     return steps.build()
 
 
-def _is_picture(tensor: Any) -> bool:
+def _is_picture(network: Network, name: str) -> bool:
+    tensor = network.example[name]
     return bool(tensor.ndim == 4 and tensor.shape[1] == _CHANNELS and tensor.is_floating_point())
 
 
-def _given(tensor: Any) -> Any:
+def _given(network: Network, name: str, tensor: Any) -> Any:
     """A tensor as the model takes it, without a copy where its memory is in that order."""
-    return (tensor.permute(0, 2, 3, 1) if _is_picture(tensor) else tensor).contiguous().numpy()
+    if name in network.pixels and tensor.is_floating_point():  # numpy would cut them off to bytes
+        raise TypeError(f"expected {name} as bytes, but got {tensor.dtype}")
+    return (tensor.permute(0, 2, 3, 1) if _is_picture(network, name) else tensor).contiguous().numpy()
 
 
 def _compiled(core: Any, model: Any, network: Network, precision: str, calls: int) -> Session:
@@ -94,7 +107,7 @@ def _compiled(core: Any, model: Any, network: Network, precision: str, calls: in
     def session(**tensors: Any) -> dict[str, Any]:
         if not hasattr(mine, "request"):
             mine.request = compiled.create_infer_request()
-        arrays = {name: _given(tensors[name]).astype(kind, copy=False) for name, kind in inputs.items()}
+        arrays = {name: _given(network, name, tensors[name]).astype(kind, copy=False) for name, kind in inputs.items()}
         mine.request.infer({name: openvino.Tensor(array, shared_memory=True) for name, array in arrays.items()})
         found = {name: mine.request.get_tensor(port).data for name, port in outputs}
         return {name: onnxgraph.plain(array if calls > 1 else array.copy()) for name, array in found.items()}

@@ -22,7 +22,7 @@ from typing import Any
 
 from storage import settings
 from storage.errors import BadInput, Misconfigured, one_line
-from workers import enginemeta, onnxcuda, onnxgraph, tensorrtengine
+from workers import enginemeta, onnxcuda, onnxgraph, pixels, tensorrtengine
 from workers.runtimes import Files, Network, NotRunnable, Session
 from workers.tensorrtengine import Engine, Shape
 
@@ -64,11 +64,11 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
     if not torch.cuda.is_available():
         raise Misconfigured("the runtime tensorrt needs an NVIDIA GPU, and torch sees none; take --runtime torch")
     if network.engine is not None:
-        return _ready(network.engine, network, device, precision)
+        return pixels.taken(network, _ready(network.engine, network, device, precision))
     path = onnxgraph.exported(network, files, precision)
     if _native():
-        return _Engines(path, network, device, precision, files)
-    return _plugin(path, network, device)
+        return pixels.taken(network, _Engines(path, network, device, precision, files))
+    return pixels.taken(network, _plugin(path, network, device))
 
 
 @dataclass(frozen=True, slots=True)

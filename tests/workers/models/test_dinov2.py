@@ -19,6 +19,7 @@ from tests.workers.models.backbone_support import cosines, photographs, results,
 from workers import backbones
 from workers.backbones import EmbeddingParams, LabelsParams
 from workers.models import Item, Prepared, Site, card_for, dinov2, resolve
+from workers.pixels import Pixels
 from workers.runtimes import torch as torch_runtime
 
 WIDTH, LAYERS, PATCH = 128, 2, 14
@@ -310,7 +311,7 @@ class TestVectors:
             output[2, 0] = 1e5
             return {"output": output}
 
-        given = backbones.Input(lambda image: image[:16, :16], (16, 16), (0, 0, 0), (1, 1, 1))
+        given = backbones.Input(lambda image: image[:16, :16], (16, 16), Pixels())
         for dtype in ("float32", "float16"):
             model = backbones.Backbone(given, session, "cpu", backbones.vectors(EmbeddingParams(dtype=dtype)))
             good, nan, large = results(model, [photos["portrait"]] * 3)

@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto, helper
 
 from storage.errors import BadInput
-from workers import enginemeta, models, onnxgraph, runtimes, submit, tensorrtengine
+from workers import enginemeta, models, onnxgraph, pixels, runtimes, submit, tensorrtengine
 from workers.models import Item, Site, enginefile, onnxfile
 from workers.runtimes import Network, NotRunnable, Session
 from workers.runtimes import torch as torch_runtime
@@ -73,7 +73,7 @@ def load(path: Path, **params: Any) -> Any:
         assert network.engine is not None
         plain = network.engine.with_suffix(".onnx")
         plain.write_bytes(enginemeta.plan(network.engine))
-        return onnxgraph.opened(plain, 1)
+        return pixels.taken(network, onnxgraph.opened(plain, 1))
 
     return enginefile.load(enginefile.CARDS[0], enginefile.Params(**params), path, Site("cpu", open_network))
 

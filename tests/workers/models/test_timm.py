@@ -18,7 +18,7 @@ from PIL import Image as pil
 
 from storage.errors import BadInput
 from tests.workers.models.backbone_support import cosines, photograph, photographs, results, spread, vectors
-from workers import backbones
+from workers import backbones, uploading
 from workers.models import Site, card_for, resolve
 from workers.models import timm as family
 from workers.models.timm import EmbeddingParams, LabelsParams
@@ -102,8 +102,8 @@ class TestFolders:
     def test_the_input_is_timms(self, folder: Path, photos: list[np.ndarray]) -> None:
         timms = timm.create_model(f"local-dir:{folder}", pretrained=True)
         model = opened(folder)
-        ours = model._tensor([model.prepare(image, None) for image in photos])
-        assert torch.allclose(ours, given_to(timms, photos), atol=1e-6)
+        pictures = uploading.pictures([model.prepare(image, None).data for image in photos], "cpu")
+        assert torch.allclose(model._given.pixels.floats(pictures), given_to(timms, photos), atol=1e-6)
 
     def test_vectors_are_timms(self, folder: Path, photos: list[np.ndarray]) -> None:
         found, expected = vectors(opened(folder), photos), upstream(folder, photos, num_classes=0)
