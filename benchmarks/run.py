@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common, table, workloads
 from benchmarks.common import Figures, Measure
 from benchmarks.mill import Mill, planned_before
-from workers import tuning
+from workers import devices, tuning
 
 KINDS = (("torch", "fp32"), ("torch", "bf16"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
 FP32 = tuple(kind for kind in KINDS if kind[1] == "fp32")
@@ -128,12 +128,15 @@ def main() -> int:
 
 def measures(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     """Everything that is measured, in the order of a round: what is divided by one another stands close together."""
-    everything = [
-        Measure("pictures", "decode", "", "", _child("parts.py", "decode", folder, "--seconds", plan.seconds))
-    ]
+    everything = [Measure("pictures", "decode", "", "", _part("decode", folder, "--seconds", plan.seconds))]
     for workload in plan.names:
         everything += [*_with_a_network(workload, folder, mill, plan), *_peers(workload, folder, plan)]
     return [*everything, *_without_a_network(folder, mill, plan)]
+
+
+def _part(*arguments: Any) -> Callable[[], Figures]:
+    """In the environment that a worker's process has."""
+    return _child("parts.py", *arguments, env=devices.CPU.environment)
 
 
 def _child(script: str, *arguments: Any, **options: Any) -> Callable[[], Figures]:
@@ -144,10 +147,10 @@ def _with_a_network(workload: str, folder: Path, mill: Mill, plan: Plan) -> list
     """For each runtime its bare forward pass, and imagemill right after it; and the preparing of pictures."""
     _, kind, weights = workloads.WORKLOADS[workload]
     brief = ("--workload", workload, "--seconds", plan.seconds)
-    found = [Measure(workload, "prepare", "", "", _child("parts.py", "prepare", folder, *brief))]
+    found = [Measure(workload, "prepare", "", "", _part("prepare", folder, *brief))]
     for runtime, precision in (*plan.forward_only, *plan.kinds) if weights else ():
         how = ("--runtime", runtime, "--precision", precision)
-        forward = _child("parts.py", "forward", folder, *brief, *how)
+        forward = _part("forward", folder, *brief, *how)
         batch = tuning.USUAL_BATCH["cpu"]
         options = {"precision": precision, "batch": batch, "shard_size": plan.shard_sizes[0]}
         job = functools.partial(_warm_job, mill, kind, folder, str(folder / weights), {"runtime": runtime, **options})

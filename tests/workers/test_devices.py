@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,36 @@ def test_threads_spin_a_little_unless_the_user_says_how_long(monkeypatch: pytest
     assert int(CPU.environment["GOMP_SPINCOUNT"]) < 300_000  # libgomp's own
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert CPU.environment["GOMP_SPINCOUNT"] == "7"
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="no glibc"
+)
+@pytest.mark.parametrize("device", [CPU, Device("GPU-1", "a GPU", 24)])
+def test_a_process_keeps_the_memory_of_a_picture_for_the_next(device: Device) -> None:
+    """Also in a thread, whose arena would be another one."""
+    code = """
+import resource, threading
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def pictures():
+    for _ in range(20):
+        bytearray(60 << 20)
+def counted():
+    pictures()
+    before = faults()
+    pictures()
+    print(faults() - before)
+thread = threading.Thread(target=counted)
+thread.start()
+thread.join()
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    counts = []
+    for env in (plain, {**plain, **device.environment}):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        counts.append(int(done.stdout))
+    assert counts[1] < 1000 < counts[0]  # of 300,000 pages of 4 kB
 
 
 @pytest.fixture
