@@ -38,8 +38,8 @@ def main() -> int:
         if arguments.no_pictures:
             dataset = f"prompts:{workloads.write_prompts(folder / 'items.txt', arguments.items)}"
         else:
-            dataset = str(workloads.write_manifest(folder / "items.csv", folder / "tiny.ppm", arguments.items))
-        few = workloads.write_manifest(folder / "few.csv", folder / "tiny.ppm", 2000)
+            dataset = str(workloads.write_manifest(folder / "items.csv", [folder / "tiny.ppm"], arguments.items))
+        few = workloads.write_manifest(folder / "few.csv", [folder / "tiny.ppm"], 2000)
         with Mill(folder / "home") as mill:
             mill.job("detections", few, "stub")
             with Sampler(mill.pid, arguments.seconds) as sampler:

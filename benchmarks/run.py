@@ -45,6 +45,7 @@ class Plan:
         rounds: of which the median is taken.
         pictures: of a job.
         peer_pictures: of a run of a peer, which is timed after its first batch.
+        decoded: pictures of a job that does little but decode; so many that its start and end do not matter.
         tiny: items of a job without pictures.
         waiting: items of a job of 2 x 2 pictures, also on a device that works beside the processor.
         seconds: for each part.
@@ -57,6 +58,7 @@ class Plan:
     rounds: int = 5
     pictures: int = 256
     peer_pictures: int = 128
+    decoded: int = 2560
     tiny: int = 100_000
     waiting: int = 4096
     seconds: float = 6
@@ -77,6 +79,7 @@ QUICK = Plan(
     rounds=1,
     pictures=16,
     peer_pictures=16,
+    decoded=16,
     tiny=1000,
     waiting=256,
     seconds=0.2,
@@ -108,7 +111,8 @@ def main() -> int:
         made = folder / "made"
         made.mkdir()
         common.child("workloads.py", str(made), "--pictures", str(plan.pictures))
-        workloads.write_manifest(folder / "waiting.csv", made / "tiny.ppm", plan.waiting)
+        workloads.write_manifest(folder / "waiting.csv", [made / "tiny.ppm"], plan.waiting)
+        workloads.write_manifest(folder / "decoded.csv", sorted((made / "pictures").iterdir()), plan.decoded)
         with Mill(folder / "home") as mill:
             wanted = [one for one in measures(made, mill, plan) if arguments.only in one.label or one.role == "decode"]
 
@@ -166,7 +170,7 @@ def _without_a_network(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
         return []
     found = []
     datasets = {
-        "stub": (folder / "pictures", {"batch": workloads.BATCH}),
+        "stub": (folder.parent / "decoded.csv", {"batch": workloads.BATCH}),
         "stub, 2 x 2 pictures": (folder.parent / "waiting.csv", {"batch": 256}),
         # 64 items in 100 ms, and meanwhile the processor is free, as beside a GPU.
         "stub, 100 ms a batch": (folder.parent / "waiting.csv", {"batch": 64, "param": "delay_ms=100"}),

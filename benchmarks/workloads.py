@@ -12,6 +12,7 @@ import argparse
 import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -71,11 +72,11 @@ def jpeg(seed: int) -> bytes:
     return out.getvalue()
 
 
-def write_manifest(path: Path, picture: Path, count: int) -> Path:
-    """`count` items that are all one picture."""
+def write_manifest(path: Path, pictures: Sequence[Path], count: int) -> Path:
+    """`count` items that are these pictures again and again."""
     with path.open("w") as file:
         file.write("key,uri,fingerprint\n")
-        file.writelines(f"{i:08d},{picture},1\n" for i in range(count))
+        file.writelines(f"{i:08d},{pictures[i % len(pictures)]},1\n" for i in range(count))
     return path
 
 

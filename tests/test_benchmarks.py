@@ -208,7 +208,7 @@ class TestMemory:
 
 
 def test_a_manifest_repeats_one_picture(tmp_path: Path) -> None:
-    lines = workloads.write_manifest(tmp_path / "m.csv", tmp_path / "one.ppm", 3).read_text().splitlines()
+    lines = workloads.write_manifest(tmp_path / "m.csv", [tmp_path / "one.ppm"], 3).read_text().splitlines()
     assert lines[0] == "key,uri,fingerprint"
     assert len({line.split(",")[0] for line in lines[1:]}) == 3
     assert {line.split(",")[1] for line in lines[1:]} == {str(tmp_path / "one.ppm")}

@@ -363,9 +363,15 @@ def _checked_frame(data: bytes, limits: Limits) -> _Frame:
     # The end marker cannot occur within a scan. Older OpenCV fills what a cut file lacks with grey and says nothing.
     if data.rfind(b"\xff\xd9", frame.scan) < 0:  # it stands at the end, as a rule
         raise _failed("truncated", "truncated JPEG: it has no end marker")
-    if data.count(b"\xff\xda", frame.scan) > _MAX_JPEG_SCANS:
+    if _scans(data, frame.scan) > _MAX_JPEG_SCANS:
         raise _failed("corrupt", f"JPEG with more than {_MAX_JPEG_SCANS} scans: each costs a pass over all pixels")
     return frame
+
+
+def _scans(data: bytes, start: int) -> int:
+    """How often the bytes FF DA occur from a place on. `bytes.count` takes a twentieth of the time of decoding."""
+    pairs = (np.frombuffer(data, "<u2", (len(data) - at) // 2, at) for at in (start, start + 1))
+    return sum(int(np.count_nonzero(of_both == 0xDAFF)) for of_both in pairs)
 
 
 def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:

@@ -108,6 +108,7 @@ def test_limits_hold() -> None:
 
 def test_what_the_device_cannot_decode_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its header is whole and what follows is none of it; a device then fails the whole batch."""
+    batchdecode.check("cpu")  # done once in a process, by whichever test comes first
     refused = coded(picture(seed=9))
     calls: list[int] = []
     really = batchdecode._decoded

@@ -376,6 +376,12 @@ assert "torch" not in sys.modules
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@given(st.lists(st.sampled_from([b"\xff", b"\xda", b"\xff\xda", b"a"]), max_size=12).map(b"".join), st.integers(0, 4))
+def test_scans_are_counted_as_bytes_are(data: bytes, start: int) -> None:
+    start = min(start, len(data))
+    assert images._scans(data, start) == data.count(b"\xff\xda", start)
+
+
 def test_a_jpeg_made_of_scans_is_refused_before_it_costs_anything() -> None:
     import io
     import time
