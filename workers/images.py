@@ -370,8 +370,9 @@ def _checked_frame(data: bytes, limits: Limits) -> _Frame:
 
 def _scans(data: bytes, start: int) -> int:
     """How often the bytes FF DA occur from a place on. `bytes.count` takes a twentieth of the time of decoding."""
-    pairs = (np.frombuffer(data, "<u2", (len(data) - at) // 2, at) for at in (start, start + 1))
-    return sum(int(np.count_nonzero(of_both == 0xDAFF)) for of_both in pairs)
+    counts = {at: (len(data) - at) // 2 for at in (start, start + 1)}
+    pairs = (np.frombuffer(data, "<u2", count, at) for at, count in counts.items() if count > 0)
+    return sum(int(np.count_nonzero(some == 0xDAFF)) for some in pairs)
 
 
 def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
