@@ -132,10 +132,11 @@ def main() -> int:
 
 def measures(folder: Path, mill: Mill, plan: Plan) -> list[Measure]:
     """Everything that is measured, in the order of a round: what is divided by one another stands close together."""
-    everything = [Measure("pictures", "decode", "", "", _part("decode", folder, "--seconds", plan.seconds))]
+    everything: list[Measure] = []
     for workload in plan.names:
         everything += [*_with_a_network(workload, folder, mill, plan), *_peers(workload, folder, plan)]
-    return [*everything, *_without_a_network(folder, mill, plan)]
+    decode = Measure("pictures", "decode", "", "", _part("decode", folder, "--seconds", plan.seconds))
+    return [*everything, decode, *_without_a_network(folder, mill, plan)]  # what is all but decoding right after it
 
 
 def _part(*arguments: Any) -> Callable[[], Figures]:
