@@ -10,8 +10,8 @@ A runtime's file defines
     BUILDS: bool                                            whether it makes files for the fleet; True where not said
     START_S: float                                          that it takes to start at least; 0 where not said
 
-`open` raises NotRunnable when the runtime cannot run this network; torch can run every one that has a module. Its session
-takes the bytes of a network's `pixels`; `workers.pixels.taken` makes that of one that takes floats.
+`open` raises NotRunnable when the runtime cannot run this network; torch can run every one that has a module. A session
+takes the bytes of a network's `pixels`; `workers.pixels.taken` makes such a one of one that takes floats.
 """
 
 from __future__ import annotations
