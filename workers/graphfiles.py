@@ -19,7 +19,7 @@ import numpy as np
 
 from storage.errors import BadInput, ItemFailed, one_line
 from storage.results.detections import Result
-from workers import yolohead
+from workers import uploading, yolohead
 from workers.models import Image, Item, Prepared
 from workers.runtimes import Session
 
@@ -232,7 +232,7 @@ class Detector:
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            return self._output(yolohead.stacked(batch, self._device))
+            return self._output(uploading.pictures([item.data for item in batch], self._device))
 
     def answer(self, out: Any, batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The boxes of each picture, from what `compute` gave."""

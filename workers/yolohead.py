@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import BadInput
-from workers import uploading
-from workers.models import Image, Prepared, nearest
+from workers.models import Image, nearest
 from workers.nms import nms
 
 _STRIDE = 32  # pixels; the coarsest feature map of all but the p6 models, and ultralytics' least padding unit
@@ -128,11 +127,6 @@ def branch(head: Any, nms: bool, name: str) -> dict[str, Any]:
         raise BadInput(f"{name} has no NMS-free head; leave the parameter nms at true")
     found: dict[str, Any] = head.one2many if nms else head.one2one
     return found
-
-
-def stacked(batch: Sequence[Prepared], device: str) -> Any:
-    """(batch, 3, height, width) uint8 on the device, channels last."""
-    return uploading.pictures([item.data for item in batch], device)
 
 
 def kept(

@@ -14,7 +14,7 @@ import numpy as np
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints, ultralytics_checkpoints, yolohead
+from workers import checkpoints, ultralytics_checkpoints, uploading, yolohead
 from workers.models import Card, Image, Item, Prepared, Site
 from workers.pixels import Pixels
 from workers.runtimes import Network, Session
@@ -128,7 +128,7 @@ class Detector:
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            raw = self._session(images=yolohead.stacked(batch, self._device))
+            raw = self._session(images=uploading.pictures([item.data for item in batch], self._device))
             # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
             finite = (raw["distances"].flatten(1).sum(1) + raw["logits"].flatten(1).sum(1)).isfinite()
         return {**raw, "finite": finite}

@@ -17,7 +17,7 @@ from typing import Any
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
-from workers import checkpoints, masks, ultralytics_checkpoints, yolohead
+from workers import checkpoints, masks, ultralytics_checkpoints, uploading, yolohead
 from workers.models import Card, Image, Item, Prepared, Site
 from workers.pixels import Pixels
 from workers.runtimes import Network, Session
@@ -164,7 +164,7 @@ class Segmenter:
         if self._session is None:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
-            raw = self._session(images=yolohead.stacked(batch, self._device))
+            raw = self._session(images=uploading.pictures([item.data for item in batch], self._device))
             # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
             finite: Any = sum(numbers.flatten(1).sum(1) for numbers in raw.values())
         return {**raw, "finite": finite.isfinite()}

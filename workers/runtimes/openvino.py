@@ -53,8 +53,8 @@ def open(network: Network, device: str, precision: str, files: Files) -> Session
 def _taking_pictures(model: Any, network: Network) -> Any:
     """The model with pictures given channels last: as models give them, and as OpenVINO computes them; and as bytes.
 
-    What makes numbers of bytes costs nothing measurable there: yolov8n at 640 x 448 and 224 x 224 in bf16 ran 1.01 and
-    1.00 times as fast as with floats.
+    What makes numbers of bytes costs nothing measurable there: yolov8n at 640 x 448 in bf16 ran 1.01 times as fast as
+    with floats, by turns.
     """
     from openvino import Layout, Type
     from openvino.preprocess import PrePostProcessor

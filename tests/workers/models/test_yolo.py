@@ -18,7 +18,7 @@ import torch
 
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints, ultralytics_checkpoints, yolohead
+from workers import checkpoints, ultralytics_checkpoints, uploading, yolohead
 from workers.models import Card, Item, Site, fill, yolo
 from workers.models.yolo import Params
 from workers.runtimes import Network, Session
@@ -192,7 +192,7 @@ def assert_same(ours: Result, theirs: Any) -> None:
 
 def with_candidates(model: yolo.Detector, image: np.ndarray, count: int) -> yolo.Detector:
     """The same model with its threshold between the scores of the picture's best `count` anchor points and the rest."""
-    logits = model._session(images=yolohead.stacked([model.prepare(image, Item("key"))], "cpu"))["logits"]
+    logits = model._session(images=uploading.pictures([model.prepare(image, Item("key")).data], "cpu"))["logits"]
     best = logits.max(1).values.flatten().sigmoid().sort(descending=True).values
     count = min(count, len(best) // 2)
     picky = copy.copy(model)
