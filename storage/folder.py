@@ -24,8 +24,13 @@ _TEMPORARY_SECONDS = 86400
 def read_file(path: Path, limit: int | None) -> bytes:
     """The bytes of a file, refused with BadInput when they are more than the limit."""
     with translated(str(path)), path.open("rb") as file:
-        check_limit(os.fstat(file.fileno()).st_size, limit)
-        data = file.read() if limit is None else file.read(limit + 1)  # it may be growing
+        size = os.fstat(file.fileno()).st_size
+        check_limit(size, limit)
+        if limit is None:
+            return file.read()
+        data = file.read(size + 1)  # not limit + 1: `read` takes memory for all that it is asked for
+        if len(data) > size:  # it is growing
+            data += file.read(limit + 1 - len(data))
         check_limit(len(data), limit)
         return data
 

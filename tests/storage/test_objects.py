@@ -8,8 +8,10 @@ import io
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,6 +167,26 @@ def test_the_limit_of_a_read(store: Store) -> None:
     assert objects.read(uri, Settings(), limit=5) == b"12345"
     with pytest.raises(BadInput, match="5 bytes and the limit is 4"):
         objects.read(uri, Settings(), limit=4)
+
+
+def test_a_read_takes_no_memory_for_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"12345")
+    uri = (tmp_path / "small").as_uri()
+    objects.read(uri, Settings(), limit=100_000_000)
+    tracemalloc.start()
+    try:
+        objects.read(uri, Settings(), limit=100_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_file_that_is_larger_than_it_said_is_read_whole_up_to_the_limit() -> None:
+    uri = "file:///proc/self/limits"  # it says that it has 0 bytes
+    assert b"Max open files" in objects.read(uri, Settings(), limit=100_000)
+    with pytest.raises(BadInput, match="11 bytes and the limit is 10"):
+        objects.read(uri, Settings(), limit=10)
 
 
 @pytest.mark.parametrize("uri", ["", "k", "https://h/k", "s3://", "s3://bucket", "s3://bucket/", "file://host/k"])
