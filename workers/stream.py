@@ -67,7 +67,8 @@ class Stream:
         me = incarnation
         self.models = Models(store, settings, device, me.moved, self.computing.running, me.during)
         self.choosing = Choosing(db, self.models, device, settings.tune_seconds, me.moved)
-        threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2))
+        # One more than cores, so that none is idle while a decoder waits for Python or for a hand-over.
+        threads = settings.decode_threads or max(2, min(16, os.cpu_count() or 2)) + 1
         if settings.gpu_decode and device != "cpu":
             threads = max(threads, _DEVICE_DECODES)
         self._fetchers = ThreadPoolExecutor(max(8, threads), thread_name_prefix="fetch")

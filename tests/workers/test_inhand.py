@@ -37,7 +37,7 @@ def test_a_room_that_grows_lets_in_who_waits() -> None:
     assert not room.take(1, timeout_s=0.01), "a room never shrinks, and this one is full"
 
 
-@pytest.mark.parametrize(("each_s", "expected"), [(0.05, 1), (0.002, 1), (0.0002, 10), (0.00001, Portion.MOST)])
+@pytest.mark.parametrize(("each_s", "expected"), [(0.05, 1), (0.004, 6), (0.001, 24), (0.00001, Portion.MOST)])
 def test_portions_are_large_where_items_are_quick(each_s: float, expected: int) -> None:
     portion = Portion()
     assert portion.size == 1

