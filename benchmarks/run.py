@@ -58,7 +58,7 @@ class Plan:
     rounds: int = 5
     pictures: int = 256
     peer_pictures: int = 128
-    decoded: int = 2560
+    decoded: int = 7680
     tiny: int = 100_000
     waiting: int = 4096
     seconds: float = 6

@@ -136,7 +136,7 @@ def _checksum(image: Image) -> int:
     words = pixels[:whole].view("<u8").reshape(-1, _ROW_WORDS)
     checksum = zlib.crc32(f"{image.shape[0]}x{image.shape[1]}:".encode())
     for part in (pixels[whole:], words.sum(axis=0), words.sum(axis=1)):
-        checksum = zlib.crc32(part, checksum)
+        checksum = zlib.crc32(part.data, checksum)
     return checksum
 
 
