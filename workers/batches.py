@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -43,28 +44,39 @@ class Buckets(Generic[T]):
 
 
 @dataclass
-class BatchSize:
-    """How many images of a model this device takes at once: halved when memory runs out, grown back later."""
+class Fit:
+    """How many images of a model fit on this device at once, as far as it is known: whatever job asks."""
 
-    asked: int
-    safe: int = 0
+    most: float = math.inf
     _fine: int = field(default=0, repr=False)
 
-    def __post_init__(self) -> None:
-        self.safe = self.safe or self.asked
-
-    def shrink(self, failed: int) -> int:
-        """A batch of `failed` did not fit."""
-        self.safe, self._fine = max(1, min(self.safe, failed) // 2), 0
-        return self.safe
+    def failed(self, size: int) -> None:
+        """A batch of so many did not fit: no more than half of it are tried."""
+        self.most, self._fine = max(1, min(self.most, size) // 2), 0
 
     def went_well(self, size: int) -> None:
-        """A batch of `size` fitted."""
-        if size < self.safe or self.safe >= self.asked:
+        """A batch of so many fitted; after many of the largest, twice as many are tried."""
+        if size < self.most:
             return
         self._fine += 1
         if self._fine >= _GROW_AFTER:
-            self.safe, self._fine = min(self.asked, self.safe * 2), 0
+            self.most, self._fine = self.most * 2, 0
+
+
+@dataclass
+class BatchSize:
+    """How many images a job has computed at once: as many as it asks for, or as fit.
+
+    Attributes:
+        fit: shared by all jobs of the model.
+    """
+
+    asked: int
+    fit: Fit = field(default_factory=Fit)
+
+    @property
+    def safe(self) -> int:
+        return int(min(self.asked, self.fit.most))
 
 
 Answer = Any  # a result of the model's kind, or ItemFailed
@@ -78,17 +90,18 @@ def infer(model: Model, batch: Sequence[Prepared], size: BatchSize) -> list[Answ
     answers: list[Answer] = []
     start = 0
     while start < len(batch):
-        part = batch[start : start + max(1, size.safe)]
+        part = batch[start : start + size.safe]
         try:
             done = _checked(model.infer(part), len(part))
         except Exception as error:  # noqa: BLE001 (a model may raise anything; it becomes a row)
             if _is_out_of_memory(error) and len(part) > 1:
-                log.warning("out of memory with a batch of %d, going on with %d", len(part), size.shrink(len(part)))
+                size.fit.failed(len(part))
+                log.warning("out of memory with a batch of %d, going on with %d", len(part), size.safe)
                 _empty_cache()
                 continue
             done = _apart(model, part, error, size)
         else:
-            size.went_well(len(part))
+            size.fit.went_well(len(part))
         answers += done
         start += len(part)
     return answers

@@ -101,7 +101,7 @@ class Driver:
         self._count_idle(given.items[0].run, idle_s)
         _count_work(given.items, given.spell.seconds(self._spell), "answer", given.answer_s)
         self._free_since, self._spell = time.perf_counter(), given.spell
-        given.items[0].run.loaded.size.went_well(len(given.items))
+        given.items[0].run.loaded.size.fit.went_well(len(given.items))
         answer_of = {id(item): answer for item, answer in zip(given.items, answers, strict=True)}
         wanted = self._wanted(given.items)
         self._ready.give(wanted)

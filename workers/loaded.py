@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from storage.errors import BadInput, ImagemillError, Misconfigured
 from storage.objects import Store
 from storage.settings import Settings
 from workers import engines, lanes, models, runtimes, weights
-from workers.batches import BatchSize
+from workers.batches import BatchSize, Fit
 from workers.encodings import Keeper, StoredEncodings, Written
 from workers.engines import Engines
 from workers.models import Encodings, Model, Site
@@ -29,9 +30,10 @@ _HELD = 2  # models; the next job's may be loaded while the last batches of this
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on the device, and how many images it takes at once there.
+    """A model on the device, as a job uses it.
 
     Attributes:
+        size: of the job's batches.
         runtime: that its networks run in; not the spec's when that one could not run them.
         networks: whether it has any that runtimes run.
         lanes: whether in all of them each core computes pictures of its own.
@@ -69,7 +71,7 @@ class Models:
         self._held: OrderedDict[str, Loaded] = OrderedDict()
         limit = settings.encodings_bytes
         self._encodings = Keeper(StoredEncodings(store, limit)) if limit else None
-        self._sizes: dict[str, BatchSize] = {}  # outlives the model: what did not fit will not fit after a reload
+        self._fits: dict[str, Fit] = {}  # outlives the model: what did not fit will not fit after a reload
 
     def get(self, spec: JobSpec, in_use: Callable[[], set[str]] = set) -> Loaded:
         """The spec's model, loaded if need be. Raises ImagemillError with the remedy when it cannot be.
@@ -81,11 +83,11 @@ class Models:
             held = self._held.get(spec.model_key)
             if held is None:
                 self._make_room(in_use())
-                held = self._load(spec, self._size(spec), self._encodings)
+                held = self._load(spec, self._encodings)
                 self._held[spec.model_key] = held
             self._held.move_to_end(spec.model_key)
-            held.size.asked = spec.batch
-            return held
+            fit = self._fits.setdefault(spec.model_key, Fit())
+            return dataclasses.replace(held, size=BatchSize(spec.batch, fit))
 
     def apart(self, spec: JobSpec, keeping: bool = False) -> Loaded:
         """The spec's model, loaded for the caller alone, who closes it. Raises as `get`.
@@ -96,7 +98,7 @@ class Models:
             keeping: the encodings that it makes, for others.
         """
         kept = Written(self._encodings) if keeping and self._encodings is not None else None
-        return self._load(spec, BatchSize(spec.batch), kept, alone=True)
+        return self._load(spec, kept, alone=True)
 
     def close(self) -> None:
         """Free everything."""
@@ -107,16 +109,13 @@ class Models:
         if self._encodings is not None:
             self._encodings.close()
 
-    def _size(self, spec: JobSpec) -> BatchSize:
-        return self._sizes.setdefault(spec.model_key, BatchSize(spec.batch))
-
     def _make_room(self, in_use: set[str]) -> None:
         for key in [k for k in self._held if k not in in_use]:
             if len(self._held) < _HELD:
                 return
             self._held.pop(key).model.close()
 
-    def _load(self, spec: JobSpec, size: BatchSize, encodings: Encodings | None, alone: bool = False) -> Loaded:
+    def _load(self, spec: JobSpec, encodings: Encodings | None, alone: bool = False) -> Loaded:
         log.info("loading %s (%s, %s)", spec.model, spec.runtime, spec.precision)
         family = models.family(spec.family)
         card = models.card_for(spec.model, spec.family, spec.kind, spec.weights_sha256)
@@ -134,7 +133,7 @@ class Models:
             raise Misconfigured(models.lacking(spec.family, error.name or str(error))) from error
         except Exception as error:
             raise BadInput(f"model {spec.model!r} could not be loaded: {type(error).__name__}: {error}") from error
-        return Loaded(spec.model_key, model, size, opener.used(), opener.any, opener.lanes)
+        return Loaded(spec.model_key, model, BatchSize(spec.batch), opener.used(), opener.any, opener.lanes)
 
     def _engines(self, spec: JobSpec, path: Path | None, alone: bool) -> Engines:
         return engines.of_spec(self.store, self.settings, spec, path, self._moving, alone=alone)

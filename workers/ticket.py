@@ -348,7 +348,8 @@ class Ticket:
             elif isinstance(item.answer, ItemFailed):
                 failed.append(item)
             else:
-                alike.setdefault((item.run.loaded.key, item.answer.group), []).append(item)
+                loaded = item.run.loaded
+                alike.setdefault((loaded.key, loaded.size.asked, item.answer.group), []).append(item)
         for group, those in alike.items():
             for full in self.buckets.add(group, those, those[0].run.loaded.size.safe):
                 self.driver.run(full)

@@ -56,6 +56,20 @@ def test_the_safe_size_is_remembered_and_grows_back() -> None:
     assert size.safe == 8
 
 
+def test_what_fits_is_known_to_every_job_of_the_model() -> None:
+    model, large = Model(fits=5), BatchSize(16)
+    small, larger = BatchSize(2, large.fit), BatchSize(32, large.fit)
+    batches.infer(model, prepared(16), large)  # type: ignore[arg-type]
+    assert (small.safe, large.safe, larger.safe) == (2, 4, 4)
+    for _ in range(100):
+        batches.infer(model, prepared(2), small)  # type: ignore[arg-type]
+    assert large.safe == 4, "that two fit says nothing of eight"
+    model.fits = 100
+    for _ in range(64):
+        batches.infer(model, prepared(4), large)  # type: ignore[arg-type]
+    assert (small.safe, large.safe, larger.safe) == (2, 8, 8)
+
+
 def test_one_that_never_fits_fails_alone() -> None:
     answers = batches.infer(Model(fits=0), prepared(3), BatchSize(8))  # type: ignore[arg-type]
     assert [a.reason for a in answers] == ["out-of-memory"] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -84,23 +85,44 @@ def pictures(folder: Path, count: int) -> str:
 
 
 def run(db: Database, tmp_path: Path, count: int, **limits: Any) -> progress.Status:
+    dataset = pictures(tmp_path / "pictures", count)
+    with working(db, tmp_path, **limits) as work:
+        return work(dataset, 8)
+
+
+@contextlib.contextmanager
+def working(db: Database, tmp_path: Path, **limits: Any) -> Iterator[Callable[[str, int], progress.Status]]:
+    """A worker in this process, which does a job of a dataset in batches of a size."""
     settings = Settings(home=tmp_path / "home", **limits)
     store = open_store((tmp_path / "store").as_uri(), settings)
-    spec = submit.resolve(
-        db, store, settings, dataset=pictures(tmp_path / "pictures", count), kind="detections", model="stub",
-        params={"delay_ms": 5.0}, device="cpu", batch=8, shard_size=20,
-    )  # fmt: skip
-    job, _ = lifecycle.submit(db, spec)
-    plan.plan(db, store, settings, job)
-    me = Incarnation(db, settings, "cpu", spec.queue, lambda: False)
+    me = Incarnation(db, settings, "cpu", "cpu", lambda: False)
     me.start()
     stream = Stream(db, store, settings, me, "cpu")
-    try:
+
+    def work(dataset: str, batch: int) -> progress.Status:
+        spec = submit.resolve(
+            db, store, settings, dataset=dataset, kind="detections", model="stub", params={"delay_ms": 5.0},
+            device="cpu", batch=batch, shard_size=20,
+        )  # fmt: skip
+        job, _ = lifecycle.submit(db, spec, force=True)
+        plan.plan(db, store, settings, job)
         stream.run(spec.queue)
+        return progress.status(db, job.id)
+
+    try:
+        yield work
     finally:
         me.stop()
         stream.close()
-    return progress.status(db, job.id)
+
+
+def test_each_job_of_a_model_has_the_batch_that_it_asks_for(db: Database, tmp_path: Path, held: Held) -> None:
+    dataset = pictures(tmp_path / "pictures", 120)
+    with working(db, tmp_path) as work:
+        for batch in (4, 16, 8):
+            held.batches.clear()
+            assert work(dataset, batch).results == 120
+            assert max(held.batches) == batch
 
 
 @pytest.mark.parametrize("pictures_held", [0.5, 1, 3, 100])
