@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
@@ -23,14 +24,15 @@ _TEMPORARY_SECONDS = 86400
 
 def read_file(path: Path, limit: int | None) -> bytes:
     """The bytes of a file, refused with BadInput when they are more than the limit."""
-    with translated(str(path)), path.open("rb") as file:
+    # Unbuffered: each call of the system is a moment in which other threads take Python away.
+    with translated(str(path)), open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         check_limit(size, limit)
-        if limit is None:
-            return file.read()
         data = file.read(size + 1)  # not limit + 1: `read` takes memory for all that it is asked for
-        if len(data) > size:  # it is growing
-            data += file.read(limit + 1 - len(data))
+        if len(data) == size > 0:
+            return data
+        rest = io.BufferedReader(file)  # it is growing, or it was not all there at once
+        data += rest.read() if limit is None else rest.read(limit + 1 - len(data))
         check_limit(len(data), limit)
         return data
 

@@ -18,7 +18,7 @@ from workers.models import Card, Image, Item, Prepared, Site
 
 REQUIRES = ()
 LABELS = ("bird", "cat", "dog")
-_ROW_WORDS = 1024  # of the checksum
+_ROW_WORDS = 512  # of the checksum
 
 
 @dataclass(frozen=True, slots=True)
