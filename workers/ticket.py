@@ -38,6 +38,7 @@ _PATIENCE_S = 0.2  # an unfilled batch waits so long for pictures that are being
 _AFFINITY_SHARDS = 16  # of one model in a row, before other jobs are looked at without preference
 _SAMPLE = 8  # pictures that are made ready together to measure a model on
 _LOOK_S = 0.02  # between two looks at orders
+_UNDER_WAY_S = 1.0  # of work for the device, where that is many items
 _UNWRITTEN = 2  # shards computed and not yet written: a slow store holds up the claims, not the memory
 _CLAIM_S = 0.25  # a claim takes less; where all that is under way is done sooner, the next one is asked for early
 
@@ -319,8 +320,12 @@ class Ticket:
         return answer.result()
 
     def _widen(self, run: Run) -> None:
-        """Let enough items be under way for a few batches of this model."""
-        self._slots.widen(max(64, 4 * run.loaded.size.asked, 8 * run.portion.size))
+        """Let enough items be under way for a few batches of this model, and for the threads where it is quick.
+
+        More would be kept from other workers: what is under way is leased.
+        """
+        soon = int(self.me.work.rate * _UNDER_WAY_S)
+        self._slots.widen(max(64, 4 * run.loaded.size.asked, min(8 * run.portion.size, soon)))
 
     # ---------------------------------------------------------------- the device thread
 

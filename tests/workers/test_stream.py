@@ -24,7 +24,6 @@ from tests.support import opened
 from workers import submit, ticket, tuning
 from workers.choosing import Choosing
 from workers.incarnation import Incarnation
-from workers.inhand import Portion
 from workers.loaded import Models
 from workers.models import Prepared, stub
 from workers.stream import Stream
@@ -149,13 +148,30 @@ def test_a_slow_store_holds_up_the_claims(db: Database, tmp_path: Path, monkeypa
         return write(*given)
 
     monkeypatch.setattr(shardfile, "write", slow)
-    monkeypatch.setattr(Portion, "MOST", 1)  # so that there are 64 slots
     done = run(db, tmp_path, 400, decode_threads=2)
     assert (done.state, done.results) == ("done", 400)
     under_way = 64 // 20 + 1  # slots, of a shard's size; another is claimed ahead
     assert len(leased) == 20
     assert max(leased) <= ticket._UNWRITTEN + under_way + 1
     assert max(leased) >= ticket._UNWRITTEN, "two are written while others are computed"
+
+
+def test_a_slow_model_leaves_shards_to_other_workers(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However quickly its pictures come: what it has in hand at a job's end, others cannot help with."""
+    leased: list[int] = []
+    infer = stub.Stub.infer
+
+    def slow(self: stub.Stub, batch: Sequence[Prepared]) -> list[Any]:
+        ours = sa.select(sa.func.count()).select_from(tables.shard).where(tables.shard.c.state == states.LEASED)
+        leased.append(db.query(ours)[0][0])
+        time.sleep(0.1)
+        return infer(self, batch)
+
+    monkeypatch.setattr(stub.Stub, "infer", slow)
+    assert run(db, tmp_path, 400).results == 400
+    assert max(leased) <= 64 // 20 + 3, "those of 64 items, one that ends and one claimed ahead"
 
 
 @pytest.mark.parametrize("where", ["feeder", "device"])
