@@ -234,7 +234,7 @@ def test_slow_pictures_outlive_the_time_limit_of_a_ticket(
     postgres_url: str, s3_url: str, broker_url: str, tmp_path: Path
 ) -> None:
     """A shard that takes far longer than a ticket may is given back and gone on with, not killed as if it hung."""
-    keys = flow.pictures(tmp_path / "images", 20)
+    keys = flow.pictures(tmp_path / "images", 32)  # 8 s of work; a ticket ends after 2.5
     stack = support.with_ledger(support.fleet(postgres_url, s3_url, broker_url), tmp_path / "ledger")
     stack |= {"IMAGEMILL_TICKET_SECONDS": "1", "IMAGEMILL_STALL_SECONDS": "2"}
     run(stack, "db", "upgrade")
