@@ -121,8 +121,7 @@ class Ticket:
             if not self._alone.empty():
                 self.driver.collect_all()
                 self._alone.get()()
-            if time.monotonic() - self._looked_at > _LOOK_S:
-                self._obey()
+            self._look()
         self._obey()
 
     # ---------------------------------------------------------------- the feeding thread
@@ -357,6 +356,7 @@ class Ticket:
                 alike.setdefault((loaded.key, loaded.size.asked, item.answer.group), []).append(item)
         for group, those in alike.items():
             for full in self.buckets.add(group, those, those[0].run.loaded.size.safe):
+                self._look()  # many that arrived together may keep a slow model busy for long
                 self.driver.run(full)
         if failed:
             self._deliver(failed, [item.answer for item in failed])
@@ -419,6 +419,11 @@ class Ticket:
             self.finishing = [f for f in self.finishing if not f.done()]
             run.ending = self.stream._writers.submit(self.stream.finish, run)
             self.finishing.append(run.ending)
+
+    def _look(self) -> None:
+        """Obey, unless that was a moment ago."""
+        if time.monotonic() - self._looked_at > _LOOK_S:
+            self._obey()
 
     def _obey(self) -> None:
         """Give back what may not go on: everything on a drain, the shards of cancelled and paused jobs, lost ones."""
