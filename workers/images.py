@@ -329,11 +329,12 @@ class _Frame:
     channels: int
     scan: int  # offset of the first scan
     clean: bool  # nothing between the segments
+    one_scan: bool  # decoders read no further than the first scan, whatever follows
 
 
 def _jpeg_frame(data: bytes) -> _Frame:
     """Size and channels of a JPEG, from the segments before its first scan (ITU-T T.81, annex B)."""
-    at, size, clean = 2, None, True
+    at, size, clean, sequential = 2, None, True, False
     for _ in range(_MAX_JPEG_SEGMENTS):
         clean = clean and data[at : at + 1] == b"\xff"
         at = data.find(b"\xff", at)
@@ -344,14 +345,16 @@ def _jpeg_frame(data: bytes) -> _Frame:
             at += 1 if marker == 0xFF else 2
             continue
         if marker == 0xDA and size:
-            return _Frame(*size, scan=at, clean=clean)
+            # One scan of all channels of a sequential picture is all of it; libjpeg takes a second one for an error.
+            one_scan = sequential and data[at + 4 : at + 5] == bytes([size[2]])
+            return _Frame(*size, scan=at, clean=clean, one_scan=one_scan)
         if marker in (0xD9, 0xDA):
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and not size:
             if at + 10 > len(data):
                 raise _failed("truncated", "truncated JPEG: it ends within its header")
             height, width, channels = struct.unpack_from(">HHB", data, at + 5)
-            size = (width, height, channels)
+            size, sequential = (width, height, channels), marker in (0xC0, 0xC1)
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     raise _failed("corrupt", "corrupt JPEG: no frame before the first scan")
 
@@ -363,7 +366,7 @@ def _checked_frame(data: bytes, limits: Limits) -> _Frame:
     # The end marker cannot occur within a scan. Older OpenCV fills what a cut file lacks with grey and says nothing.
     if data.rfind(b"\xff\xd9", frame.scan) < 0:  # it stands at the end, as a rule
         raise _failed("truncated", "truncated JPEG: it has no end marker")
-    if _scans(data, frame.scan) > _MAX_JPEG_SCANS:
+    if not frame.one_scan and _scans(data, frame.scan) > _MAX_JPEG_SCANS:
         raise _failed("corrupt", f"JPEG with more than {_MAX_JPEG_SCANS} scans: each costs a pass over all pixels")
     return frame
 

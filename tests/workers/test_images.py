@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -383,11 +385,6 @@ def test_scans_are_counted_as_bytes_are(data: bytes, start: int) -> None:
 
 
 def test_a_jpeg_made_of_scans_is_refused_before_it_costs_anything() -> None:
-    import io
-    import time
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()
@@ -399,3 +396,16 @@ def test_a_jpeg_made_of_scans_is_refused_before_it_costs_anything() -> None:
     assert failed.value.reason == "corrupt"
     assert soon(time.monotonic() - started, 2)
     assert images.decode(data, images.Limits()).width == 64
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("times", [1, 2_000])
+def test_scans_after_the_only_one_cost_nothing(mode: str, times: int) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (640, 640), "red" if mode == "RGB" else 90).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    longer = data[:-2] + data[data.rfind(b"\xff\xda") : -2] * times + data[-2:]
+    started = time.monotonic()
+    with contextlib.suppress(ItemFailed):
+        images.decode(longer, images.Limits())
+    assert soon(time.monotonic() - started, 1)
