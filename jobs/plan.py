@@ -36,7 +36,8 @@ from storage.tables import shard
 
 log = logging.getLogger("imagemill.plan")
 
-_CHUNK = 8192  # references looked up at once
+_CHUNK = 8192  # references looked up and made claimable at once, at most
+_FIRST_CHUNK = 1024  # so that the first of many small shards does not wait for the manifests of all others
 _MANIFESTS = 256  # read at once
 _PRUNE_RATIO = 0.2  # of a recipe's items; losing more than that looks like an accident
 
@@ -202,7 +203,7 @@ class _Planning:
         done = self._planned_before()
         seen = Seen()
         compare = index.has_items(self.db, self.job.recipe_id)
-        for chunk in _arriving(self._refs(), _CHUNK):
+        for chunk in _arriving(self._refs(), _FIRST_CHUNK, _CHUNK):
             keys = [ref.key for ref in chunk]
             new = seen.add(keys)
             duplicates = len(chunk) - int(new.sum())
@@ -309,15 +310,17 @@ def _prune(db: Database, job: Job, planner: str, seen: Seen, report: Report, pru
     return gone
 
 
-def _arriving(refs: Iterable[ImageRef | None], size: int) -> Iterator[list[ImageRef]]:
-    """References in chunks; a smaller one, even an empty one, whenever the source has to wait for more."""
+def _arriving(refs: Iterable[ImageRef | None], first: int, most: int) -> Iterator[list[ImageRef]]:
+    """References in chunks, each twice as large as the last; a smaller one, even none, when the source waits."""
     chunk: list[ImageRef] = []
+    size = min(first, most)
     for ref in refs:
         if ref is not None:
             chunk.append(ref)
-        if ref is None or len(chunk) == size:
+        full = len(chunk) == size
+        if ref is None or full:
             yield chunk
-            chunk = []
+            chunk, size = [], min(2 * size, most) if full else size
     if chunk:
         yield chunk
 

@@ -282,6 +282,25 @@ def test_duplicates_are_counted_and_planned_once(
     assert "20 entries of the dataset have the key of an earlier one" in report.notes[0]
 
 
+def test_chunks_grow_and_what_has_arrived_does_not_wait() -> None:
+    made = [sources.ImageRef(str(i), "file:///a", "1") for i in range(20)]
+    sizes = lambda refs, *limits: [len(chunk) for chunk in plan._arriving(refs, *limits)]  # noqa: E731
+    assert sizes(made, 2, 8) == [2, 4, 8, 6]
+    assert sizes(made, 16, 8) == [8, 8, 4]
+    assert sizes([*made[:3], None, None, *made[3:8]], 2, 8) == [2, 1, 0, 4, 1]
+    assert sizes([], 2, 8) == []
+
+
+def test_the_first_shards_do_not_wait_for_the_others(
+    db: Database, store: Store, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_FIRST_CHUNK", 4)
+    found = submitted(db, data, shard_size=2)
+    claimable: list[int] = []
+    plan.plan(db, store, Settings(), found, on_shards=lambda: claimable.append(count(db, shard)))
+    assert claimable == [2, 6, 10]
+
+
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
