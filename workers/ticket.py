@@ -355,11 +355,19 @@ class Ticket:
                 loaded = item.run.loaded
                 alike.setdefault((loaded.key, loaded.size.asked, item.answer.group), []).append(item)
         for group, those in alike.items():
-            for full in self.buckets.add(group, those, those[0].run.loaded.size.safe):
+            for full in self.buckets.add(group, those, self._together(those)):
                 self._look()  # many that arrived together may keep a slow model busy for long
                 self.driver.run(full)
         if failed:
             self._deliver(failed, [item.answer for item in failed])
+
+    def _together(self, those: Sequence[Ready]) -> int:
+        """How many such items a batch has: as many as are asked for and fit, of large pictures fewer.
+
+        A device has a batch and may have the next, and meanwhile another is made ready: each takes a third of the room.
+        """
+        third = self.stream.prepared_bytes // 3
+        return max(1, min(those[0].run.loaded.size.safe, third // max(1, *(item.nbytes for item in those))))
 
     def _wanted(self, batch: list[Ready]) -> list[Ready]:
         """Those of a batch whose shard is still ours; the others are let go."""

@@ -136,6 +136,14 @@ def test_prepared_pictures_take_bounded_memory(db: Database, tmp_path: Path, hel
         assert max(held.batches) == 8, "with room enough batches are full"
 
 
+def test_a_batch_leaves_room_for_those_after_it(db: Database, tmp_path: Path, held: Held) -> None:
+    dataset = pictures(tmp_path / "pictures", 120)
+    with working(db, tmp_path, buffer_bytes=24 * PICTURE_BYTES * 8 // 3 + 8, decode_threads=2) as work:
+        assert work(dataset, 64).results == 120
+    assert max(held.batches) == 24 // 3
+    assert len(held.batches) <= 120 // 8 + 4, "they are full, but for the last of each kind and shard"
+
+
 def test_a_slow_store_holds_up_the_claims(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a fast model would lease shard after shard, and hold all their results until the store has taken them."""
     leased: list[int] = []
