@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,19 +40,23 @@ def main() -> None:
 
 
 def decode(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Bytes in memory to pixels."""
+    """Bytes in memory to pixels, which are let go at once: to keep hundreds of pictures takes a tenth of the time."""
     from workers import images
 
     data = [path.read_bytes() for path in _paths(arguments)]
     pool, limits = ThreadPoolExecutor(os.cpu_count()), images.Limits()
-    return lambda: len(list(pool.map(lambda one: images.decode(one, limits), data)))
+    return lambda: _count(pool.map(lambda one: images.decode(one, limits), data))
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Pixels to what the device takes."""
     model, _ = _load(arguments)
     pictures, pool = _pixels(arguments), ThreadPoolExecutor(os.cpu_count())
-    return lambda: len(list(pool.map(lambda one: model.prepare(one, _item()), pictures)))
+    return lambda: _count(pool.map(lambda one: model.prepare(one, _item()), pictures))
+
+
+def _count(made: Iterator[Any]) -> int:
+    return sum(1 for _ in made)
 
 
 def forward(arguments: argparse.Namespace) -> Callable[[], int]:
