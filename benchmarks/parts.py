@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,23 +40,27 @@ def main() -> None:
 
 
 def decode(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Bytes in memory to pixels, which are let go at once: to keep hundreds of pictures takes a tenth of the time."""
+    """Bytes in memory to pixels."""
     from workers import images
 
-    data = [path.read_bytes() for path in _paths(arguments)]
-    pool, limits = ThreadPoolExecutor(os.cpu_count()), images.Limits()
-    return lambda: _count(pool.map(lambda one: images.decode(one, limits), data))
+    limits = images.Limits()
+    return _on_all_cores(lambda data: images.decode(data, limits), [path.read_bytes() for path in _paths(arguments)])
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Pixels to what the device takes."""
     model, _ = _load(arguments)
-    pictures, pool = _pixels(arguments), ThreadPoolExecutor(os.cpu_count())
-    return lambda: _count(pool.map(lambda one: model.prepare(one, _item()), pictures))
+    return _on_all_cores(lambda pixels: model.prepare(pixels, _item()), _pixels(arguments))
 
 
-def _count(made: Iterator[Any]) -> int:
-    return sum(1 for _ in made)
+def _on_all_cores(work: Callable[[Any], object], given: Sequence[Any]) -> Callable[[], int]:
+    """A pass over all that is given. What comes of each is let go at once: fresh memory for hundreds costs time."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def one(it: Any) -> None:
+        work(it)
+
+    return lambda: len(list(pool.map(one, given)))
 
 
 def forward(arguments: argparse.Namespace) -> Callable[[], int]:
