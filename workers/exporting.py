@@ -63,6 +63,7 @@ def _in_child(spec: JobSpec, weights: Path | None, network: Network, made: Mappi
         "spec": spec.to_json(),
         "weights": str(weights) if weights else "",
         "network": network.name,
+        "for": network.device,
         "threads": torch.get_num_threads(),
         "parent": os.getpid(),
     }
@@ -132,7 +133,7 @@ def _make(asked: dict[str, Any]) -> None:
     family = models.family(spec.family)
     card = models.card_for(spec.model, spec.family, spec.kind, spec.weights_sha256)
     weights = Path(asked["weights"]) if asked["weights"] else None
-    model = family.load(card, card.params(**spec.params), weights, Site("cpu", open_network))
+    model = family.load(card, card.params(**spec.params), weights, Site(asked["for"], open_network))
     model.close()
     if asked["network"] not in found:
         raise NotRunnable(f"the model has no network {asked['network']!r}; it has: {', '.join(found)}")

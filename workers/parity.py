@@ -12,6 +12,7 @@ from workers.runtimes import Network, NotRunnable, Session
 # Largest difference from torch in float32, as a share of the largest output. In float32 the two round differently by
 # some 1e-6 a layer; what is wrong in a build differs in the first digits.
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+_JUMPS = 1e-3  # of whole numbers, such as the place of a largest one, where rounding decides between two
 _ROUNDING = 10  # a network that magnifies rounding may differ by so many times what torch's float32 is off by itself
 
 Case = tuple[Mapping[str, Any], Sequence[Any]]  # inputs of a network by name, and its outputs in their order
@@ -71,10 +72,17 @@ def check(network: Network, run: Session, precision: str, cases: Sequence[Case])
 
 
 def allowed(right: Any, precision: str) -> float:
-    """The difference from an output that is rounding."""
-    if precision != "fp32" and not right.is_floating_point():
-        return math.inf  # whole numbers, such as the place of a largest one, jump where rounding is coarse
+    """The difference from an output that is rounding; of whole numbers, the share of them that differ."""
+    if not right.is_floating_point():
+        return _JUMPS if precision == "fp32" else math.inf  # they jump where rounding is coarse
     return _TOLERANCE[precision] * _largest(right)
+
+
+def _difference(found: Any, right: Any) -> float:
+    """As `allowed` says it."""
+    if not right.is_floating_point():
+        return float((found != right).double().mean()) if right.numel() else 0.0
+    return _largest(found.double() - right.double())
 
 
 def _largest(tensor: Any) -> float:
@@ -92,7 +100,7 @@ def _rounding(network: Network, inputs: Mapping[str, Any], given: Sequence[Any])
             exact = _outputs(network.build().eval().double(), doubled)
     except RuntimeError:
         return [0.0] * len(given)
-    return [_largest(one.double() - right.double()) for one, right in zip(given, exact, strict=True)]
+    return [_difference(one, right) for one, right in zip(given, exact, strict=True)]
 
 
 def random(network: Network) -> dict[str, Any]:
@@ -126,9 +134,11 @@ def compare(network: Network, got: Mapping[str, Any], expected: Sequence[Any], m
                 f"the network {network.name} gives {name} in the shape {tuple(found.shape)}, "
                 f"but should in {tuple(right.shape)}"
             )
-        difference = _largest(found.double() - right.double())
+        difference = _difference(found, right)
         if not difference <= limit:
+            off = f"by up to {difference:.3g} in {name}, whose largest number is {_largest(right):.3g}"
+            if not right.is_floating_point():
+                off = f"in a share of {difference:.3g} of {name}"
             raise NotRunnable(
-                f"the network {network.name} built for another runtime differs by up to {difference:.3g} in {name}, "
-                f"whose largest number is {_largest(right):.3g}; at most {limit:.3g} is rounding"
+                f"the network {network.name} built for another runtime differs {off}; at most {limit:.3g} is rounding"
             )

@@ -10,14 +10,15 @@ Defaults and arithmetic follow `predict` of ultralytics 8.4.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from storage.errors import BadInput
+from workers.atpoints import Branch
 from workers.models import Image, nearest
 from workers.nms import nms
 
@@ -103,10 +104,12 @@ class Head:
     Attributes:
         strides: pixels between the anchor points of each feature map, finest first.
         bins: values of each distance's distribution; 1 means the distance itself.
+        branches: of numbers that a network does not give, how they are computed at an anchor point from the features.
     """
 
     strides: tuple[int, ...]
     bins: int
+    branches: Mapping[str, Branch] = field(default_factory=dict)
 
     @property
     def padding(self) -> int:
@@ -114,29 +117,43 @@ class Head:
         return max(_STRIDE, *self.strides)
 
     @classmethod
-    def of(cls, module: Any, labels: Sequence[str]) -> Head:
+    def of(cls, module: Any, labels: Sequence[str], branches: Mapping[str, Branch]) -> Head:
         head = module.model[-1]
         if head.nc != len(labels):
             raise BadInput(f"the checkpoint names {len(labels)} classes, but its head has {head.nc}")
-        return cls(tuple(int(s) for s in head.stride.tolist()), int(head.reg_max))
+        return cls(tuple(int(s) for s in head.stride.tolist()), int(head.reg_max), branches)
+
+    def at(self, raw: Mapping[str, Any], name: str, image: Any, point: Any) -> Any:
+        """(n, m) numbers of a name at anchor points (n,) of pictures (n,): given by the network, or computed here."""
+        if name in raw:
+            return raw[name][image, :, point]
+        return self.branches[name].at([raw[f"features{i}"] for i in range(len(self.strides))], image, point)
 
 
-def branch(head: Any, nms: bool, name: str) -> dict[str, Any]:
-    """The branch of a head that is trained for NMS, or the NMS-free one. Raises BadInput where there is none."""
-    if not nms and getattr(head, "one2one_cv2", None) is None:
-        raise BadInput(f"{name} has no NMS-free head; leave the parameter nms at true")
-    found: dict[str, Any] = head.one2many if nms else head.one2one
-    return found
+def finite(raw: Mapping[str, Any]) -> Any:
+    """(batch,) whether all numbers that a network gave for a picture are finite.
+
+    A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
+    """
+    sums: Any = sum(numbers.flatten(1).sum(1) for numbers in raw.values() if numbers.is_floating_point())
+    return sums.isfinite()
 
 
 def kept(
-    raw: dict[str, Any], more: Any, params: Params, head: Head, labels: Sequence[str], shape: tuple[int, int]
+    raw: Mapping[str, Any],
+    further: Sequence[str],
+    params: Params,
+    head: Head,
+    labels: Sequence[str],
+    shape: tuple[int, int],
 ) -> Any:
     """The boxes of each picture that stay, best first.
 
     Args:
-        raw: "distances" (batch, 4 * bins, anchors) and "logits" (batch, classes, anchors).
-        more: (batch, m, anchors) further numbers that come with each anchor point, or None.
+        raw: of each anchor point "logits" (batch, classes, anchors), or "best" (batch, anchors), the largest of them,
+            and "class_id" (batch, anchors), whose it is; and "distances" (batch, 4 * bins, anchors), or the features
+            that the head's branches compute them from.
+        further: names of further numbers that come with each anchor point, as the distances do.
         shape: (height, width) of the padded input.
 
     Returns:
@@ -145,16 +162,16 @@ def kept(
     import torch
 
     choose = _best_of_each_point if params.nms else _best_pairs
-    image, point, logit, class_id = choose(raw["logits"], params)
+    image, point, logit, class_id = choose(raw, params)
     score = logit.sigmoid()
     passed = score > params.conf
     if params.classes:
         wanted = [i for i, label in enumerate(labels) if label in params.classes]
         passed &= torch.isin(class_id, torch.tensor(wanted, device=class_id.device))
     image, point, score, class_id = image[passed], point[passed], score[passed], class_id[passed]
-    columns = [image[:, None], _decoded(raw["distances"][image, :, point], point, head, shape), score[:, None]]
-    columns += [class_id[:, None], *([] if more is None else [more[image, :, point]])]
-    rows, count = torch.cat(columns, 1), len(raw["logits"])
+    numbers = [head.at(raw, name, image, point) for name in ("distances", *further)]
+    columns = [image[:, None], _decoded(numbers[0], point, head, shape), score[:, None], class_id[:, None]]
+    rows, count = torch.cat([*columns, *numbers[1:]], 1), len(next(iter(raw.values())))
     if rows.is_cuda and len(rows) <= _CPU_NMS_BOXES * count:
         rows = rows.cpu()
     return [_suppressed(rows[rows[:, 0] == i, 1:], params) for i in range(count)]
@@ -170,18 +187,20 @@ def _suppressed(rows: Any, params: Params) -> Any:
     return rows[nms(rows[:, :4] + rows[:, 5:6] * offset, rows[:, 4], params.iou)[: params.max_det]]
 
 
-def _best_of_each_point(logits: Any, params: Params) -> tuple[Any, Any, Any, Any]:
+def _best_of_each_point(raw: Mapping[str, Any], params: Params) -> tuple[Any, Any, Any, Any]:
     """(image, anchor point, logit, class id) of the points whose best class may pass the threshold."""
     import torch
 
-    best = logits.amax(1)
+    best = raw["best"] if "best" in raw else raw["logits"].amax(1)
     # A little below the threshold, since rounding the threshold must not lose what the sigmoid would pass.
     image, point = (best > torch.tensor(params.conf).logit().item() - 1e-3).nonzero(as_tuple=True)
-    logit, class_id = logits[image, :, point].max(1)
+    if "class_id" in raw:
+        return image, point, best[image, point], raw["class_id"][image, point]
+    logit, class_id = raw["logits"][image, :, point].max(1)
     return image, point, logit, class_id
 
 
-def _best_pairs(logits: Any, params: Params) -> tuple[Any, Any, Any, Any]:
+def _best_pairs(raw: Mapping[str, Any], params: Params) -> tuple[Any, Any, Any, Any]:
     """The same for an NMS-free head: each image's best pairs of point and class, best first.
 
     As ultralytics' Detect.get_topk_index: the best points are found by their best class, then the best pairs among
@@ -189,6 +208,7 @@ def _best_pairs(logits: Any, params: Params) -> tuple[Any, Any, Any, Any]:
     """
     import torch
 
+    logits = raw["logits"]
     batch, classes, points = logits.shape
     top = min(max(params.max_det, _HEAD_TOP), points)
     image = torch.arange(batch, device=logits.device)[:, None].expand(-1, top)

@@ -5,19 +5,17 @@ Defaults and arithmetic follow `predict` of ultralytics 8.4, against which they 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from storage.errors import BadInput, ItemFailed
+from storage.errors import ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints, ultralytics_checkpoints, uploading, yolohead
+from workers import ultralytics_checkpoints, uploading, yolohead, yolonetwork
 from workers.models import Card, Image, Item, Prepared, Site
-from workers.pixels import Pixels
-from workers.runtimes import Network, Session
+from workers.runtimes import Session
 from workers.yolohead import Head, Params, check_labels
 
 REQUIRES = ("torch", "torchvision", "ultralytics", "cv2")
@@ -57,50 +55,8 @@ def load(card: Card, params: Params, weights: Path, site: Site) -> Detector:
     """Check the local checkpoint (.pt), load it, and open its network on the device."""
     labels = describe(weights)
     check_labels(params, labels)
-    first: list[Any] = [_Raw(weights, params.nms)]
-    head = Head.of(first[0].module, labels)
-    if params.imgsz % head.padding:
-        raise BadInput(f"{card.name} needs imgsz to be a multiple of {head.padding}, but got {params.imgsz}")
-    # The module just loaded serves the first runtime; one that runs next gets its own, as runtimes change theirs.
-    network = _network(lambda: (first.pop() if first else _Raw(weights, params.nms)).module, params.imgsz)
-    return Detector(params, labels, head, site.open_network(network), site.device)
-
-
-def _network(build: Callable[[], Any], imgsz: int) -> Network:
-    import torch
-
-    return Network(
-        name="yolo",
-        build=build,
-        example={"images": torch.zeros(2, 3, imgsz, imgsz)},  # two: exporters take a batch of one for a constant
-        outputs=("distances", "logits"),
-        dynamic_axes={
-            "images": {0: "batch", 2: "height", 3: "width"},
-            "distances": {0: "batch", 2: "anchors"},
-            "logits": {0: "batch", 2: "anchors"},
-        },
-        pixels={"images": Pixels()},
-    )
-
-
-class _Raw:
-    """A checkpoint as a module that ends at the head's raw numbers, batch norms fused into the convolutions."""
-
-    def __init__(self, weights: Path, nms: bool) -> None:
-        checkpoints.check(weights, ALLOWED)
-        model = ultralytics_checkpoints.load(weights)
-        head = model.model[-1]
-        yolohead.branch(head, nms, weights.name)
-        model.end2end = not nms  # before fuse, which drops the branch that is not used
-        model.fuse(verbose=False)
-        head.forward = functools.partial(_raw_forward, head, yolohead.branch(head, nms, weights.name))
-        self.module = model.eval()
-
-
-def _raw_forward(head: Any, branch: dict[str, Any], features: list[Any]) -> tuple[Any, Any]:
-    """The head without its decoding: ((batch, 4 * bins, anchors) distances, (batch, classes, anchors) logits)."""
-    raw = head.forward_head(features, **branch)
-    return raw["boxes"], raw["scores"]
+    head, session = yolonetwork.opened("yolo", weights, ALLOWED, labels, params, site)
+    return Detector(params, labels, head, session, site.device)
 
 
 class Detector:
@@ -129,9 +85,7 @@ class Detector:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
             raw = self._session(images=uploading.pictures([item.data for item in batch], self._device))
-            # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
-            finite = (raw["distances"].flatten(1).sum(1) + raw["logits"].flatten(1).sum(1)).isfinite()
-        return {**raw, "finite": finite}
+            return {**raw, "finite": yolohead.finite(raw)}
 
     def answer(self, raw: dict[str, Any], batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The boxes of each picture, from what `compute` gave."""
@@ -139,10 +93,10 @@ class Detector:
 
         with torch.inference_mode():
             shape = batch[0].data.shape[:2]
-            kept = yolohead.kept(raw, None, self._params, self._head, self._labels, shape)
+            kept = yolohead.kept(raw, (), self._params, self._head, self._labels, shape)
             kept = [rows.cpu().numpy() for rows in kept]
         return [
-            self._result(found, image) if ok else _not_finite()
+            self._result(found, image) if ok and np.isfinite(found).all() else _not_finite()
             for found, ok, image in zip(kept, raw["finite"].tolist(), batch, strict=True)
         ]
 

@@ -9,18 +9,16 @@ in the size of the original picture.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.errors import BadInput, ItemFailed
+from storage.errors import ItemFailed
 from storage.results.masks import Result
-from workers import checkpoints, masks, ultralytics_checkpoints, uploading, yolohead
+from workers import masks, ultralytics_checkpoints, uploading, yolohead, yolonetwork
 from workers.models import Card, Image, Item, Prepared, Site
-from workers.pixels import Pixels
-from workers.runtimes import Network, Session
+from workers.runtimes import Session
 from workers.yolohead import Head, check_labels
 
 REQUIRES = ("torch", "torchvision", "ultralytics", "cv2")
@@ -82,58 +80,8 @@ def load(card: Card, params: Params, weights: Path, site: Site) -> Segmenter:
     """Check the local checkpoint (.pt), load it, and open its network on the device."""
     labels = describe(weights)
     check_labels(params, labels)
-    first = [_raw(weights, params.nms)]
-    head = Head.of(first[0], labels)
-    if params.imgsz % head.padding:
-        raise BadInput(f"{card.name} needs imgsz to be a multiple of {head.padding}, but got {params.imgsz}")
-    # The module just loaded serves the first runtime; one that runs next gets its own, as runtimes change theirs.
-    network = _network(lambda: first.pop() if first else _raw(weights, params.nms), params.imgsz)
-    return Segmenter(params, labels, head, site.open_network(network), site.device)
-
-
-def _network(build: Callable[[], Any], imgsz: int) -> Network:
-    import torch
-
-    anchors = {0: "batch", 2: "anchors"}
-    return Network(
-        name="yoloseg",
-        build=build,
-        example={"images": torch.zeros(2, 3, imgsz, imgsz)},  # two: exporters take a batch of one for a constant
-        outputs=("distances", "logits", "coefficients", "maps"),
-        dynamic_axes={
-            "images": {0: "batch", 2: "height", 3: "width"},
-            "distances": anchors,
-            "logits": anchors,
-            "coefficients": anchors,
-            "maps": {0: "batch", 2: "map height", 3: "map width"},
-        },
-        pixels={"images": Pixels()},
-    )
-
-
-def _raw(weights: Path, nms: bool) -> Any:
-    """A checkpoint as a module that ends at the head's raw numbers, batch norms fused into the convolutions."""
-    checkpoints.check(weights, ALLOWED)
-    model = ultralytics_checkpoints.load(weights)
-    head = model.model[-1]
-    yolohead.branch(head, nms, weights.name)
-    model.end2end = not nms  # before fuse, which drops the branch that is not used
-    model.fuse(verbose=False)
-    head.forward = functools.partial(_raw_forward, head, yolohead.branch(head, nms, weights.name))
-    return model.eval()
-
-
-def _raw_forward(head: Any, branch: dict[str, Any], features: list[Any]) -> tuple[Any, Any, Any, Any]:
-    """The head without its decoding.
-
-    Returns:
-        (batch, 4 * bins, anchors) distances, (batch, classes, anchors) logits, (batch, m, anchors) coefficients, and
-        (batch, m, height / 4, width / 4) maps.
-    """
-    raw = head.forward_head(features, **branch)
-    of_all = hasattr(head.proto, "feat_refine")  # 26 makes its maps of all features, the others of the finest
-    maps = head.proto(features if of_all else features[0])
-    return raw["boxes"], raw["scores"], raw["mask_coefficient"], maps
+    head, session = yolonetwork.opened("yoloseg", weights, ALLOWED, labels, params, site)
+    return Segmenter(params, labels, head, session, site.device)
 
 
 class Segmenter:
@@ -165,9 +113,7 @@ class Segmenter:
             raise RuntimeError("expected an open model, but it was closed")
         with torch.inference_mode():
             raw = self._session(images=uploading.pictures([item.data for item in batch], self._device))
-            # A sum shows any NaN or infinity in it, in one pass and without a mask as large as the output.
-            finite: Any = sum(numbers.flatten(1).sum(1) for numbers in raw.values())
-        return {**raw, "finite": finite.isfinite()}
+            return {**raw, "finite": yolohead.finite(raw)}
 
     def answer(self, raw: dict[str, Any], batch: Sequence[Prepared]) -> list[Result | ItemFailed]:
         """The objects of each picture, from what `compute` gave."""
@@ -175,9 +121,9 @@ class Segmenter:
 
         shape = batch[0].data.shape[:2]
         with torch.inference_mode():
-            found = yolohead.kept(raw, raw["coefficients"], self._params, self._head, self._labels, shape)
+            found = yolohead.kept(raw, ("coefficients",), self._params, self._head, self._labels, shape)
             return [
-                self._result(rows, maps, image) if ok else _not_finite()
+                self._result(rows, maps, image) if ok and rows.isfinite().all() else _not_finite()
                 for rows, maps, image, ok in zip(found, raw["maps"], batch, raw["finite"].tolist(), strict=True)
             ]
 

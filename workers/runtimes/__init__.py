@@ -52,6 +52,7 @@ class Network:
             above, and it runs in the precision that it was written in.
         engine: an engine of TensorRT that is this network already, as `workers.enginemeta` reads it; no other runtime
             can run it.
+        device: "cpu" or "cuda", for which the model was loaded, where it has another network of this name for each.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Network:
     pixels: Mapping[str, Pixels] = field(default_factory=dict)
     onnx: Path | None = None
     engine: Path | None = None
+    device: str = "cpu"
 
     def about(self) -> dict[str, str]:
         """What a file that is made of it depends on, besides its model."""

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.spec import JobSpec
 from storage.errors import BadInput, ItemFailed
 from storage.results.detections import Result
-from workers import checkpoints, ultralytics_checkpoints, uploading, yolohead
+from workers import checkpoints, exporting, onnxgraph, ultralytics_checkpoints, uploading, yolohead, yolonetwork
 from workers.models import Card, Item, Site, fill, yolo
 from workers.models.yolo import Params
 from workers.runtimes import Network, Session
@@ -192,8 +193,9 @@ def assert_same(ours: Result, theirs: Any) -> None:
 
 def with_candidates(model: yolo.Detector, image: np.ndarray, count: int) -> yolo.Detector:
     """The same model with its threshold between the scores of the picture's best `count` anchor points and the rest."""
-    logits = model._session(images=uploading.pictures([model.prepare(image, Item("key")).data], "cpu"))["logits"]
-    best = logits.max(1).values.flatten().sigmoid().sort(descending=True).values
+    raw = model._session(images=uploading.pictures([model.prepare(image, Item("key")).data], "cpu"))
+    best = raw["best"] if "best" in raw else raw["logits"].amax(1)
+    best = best.flatten().sigmoid().sort(descending=True).values
     count = min(count, len(best) // 2)
     picky = copy.copy(model)
     picky._params = replace(model._params, conf=float(best[count - 1 : count + 1].mean()))
@@ -301,6 +303,79 @@ def test_an_infinite_number_fails_its_picture_only(nms: bool, bad: float) -> Non
     assert len(first.labels) == len(third.labels) > 0
     assert isinstance(second, ItemFailed)
     assert (second.stage, second.reason) == ("infer", "not-finite")
+
+
+@pytest.mark.parametrize("series", ["yolov8n", *(pytest.param(s, marks=pytest.mark.slow) for s in SERIES[1:])])
+def test_a_cpu_leaves_out_what_is_thrown_away(
+    series: str, models: Callable[[str], Path], assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boxes are computed where something passes, and are those of the whole head."""
+    few = loaded(models(series))
+    assert few._head.branches.keys() == {"distances"}
+    monkeypatch.setattr(yolonetwork, "_LEAST_CONF", 2.0)
+    whole = loaded(models(series))
+    assert not whole._head.branches
+    for image in pictures(assets).values():
+        ours, theirs = alone(with_candidates(few, image, 200), image), alone(with_candidates(whole, image, 200), image)
+        assert ours.labels == theirs.labels
+        assert len(ours.labels) > 10
+        np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-5)
+        np.testing.assert_allclose(ours.boxes_xyxy, theirs.boxes_xyxy, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("device", "params", "whole"),
+    [
+        ("cpu", {}, False),
+        ("cpu", {"conf": 0.05}, False),
+        ("cpu", {"conf": 0.04}, True),
+        ("cpu", {"nms": False}, True),
+        ("cuda", {}, True),
+    ],
+)
+def test_which_networks_have_the_whole_head(
+    device: str, params: dict[str, Any], whole: bool, models: Callable[[str], Path]
+) -> None:
+    """Also the one that a child builds, on a CPU, for a worker with a GPU."""
+    found: list[Network] = []
+
+    def keep(network: Network) -> Session:
+        found.append(network)
+        return opened(network)
+
+    yolo.load(card("yolo26n"), Params(imgsz=SIZE, **params), models("yolo26n"), Site(device, keep))
+    assert (found[0].outputs == ("distances", "logits")) == whole
+    assert ("class_id" in found[0].outputs) != whole
+    assert found[0].device == device
+
+
+@pytest.mark.slow
+def test_a_child_builds_the_network_of_its_parents_device(models: Callable[[str], Path], tmp_path: Path) -> None:
+    path, found = models("yolov8n"), list[Network]()
+
+    def keep(network: Network) -> Session:
+        found.append(network)
+        return opened(network)
+
+    params = fill(card("yolov8n"), {"imgsz": SIZE})
+    for device in ("cuda", "cpu"):
+        yolo.load(card("yolov8n"), Params(imgsz=SIZE), path, Site(device, keep))
+    base = {"dataset": "file:///x", "kind": "detections", "family": "yolo", "weights_sha256": "", "model": "yolov8n"}
+    for network in found:
+        exporting.export(JobSpec(**base, params=params), path, network, "fp32", tmp_path / "net.onnx")
+        given = onnxgraph.opened(tmp_path / "net.onnx", 1)(images=torch.zeros(1, 3, 64, 64))
+        assert given.keys() == set(network.outputs)
+
+
+def test_a_box_that_is_not_finite_fails_its_picture(models: Callable[[str], Path], assets: Path) -> None:
+    """Of a checkpoint whose boxes are broken: its classes and features are not."""
+    image = pictures(assets)["odd"]
+    model = with_candidates(loaded(models("yolov8n")), image, 20)
+    for stack in model._head.branches["distances"]._stacks:
+        stack[-1].bias.fill_(float("nan"))
+    (result,) = model.infer([model.prepare(image, Item("key"))])
+    assert isinstance(result, ItemFailed)
+    assert (result.stage, result.reason) == ("infer", "not-finite")
 
 
 def test_nms_on_the_device_and_on_the_host_agree(
