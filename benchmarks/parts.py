@@ -10,6 +10,7 @@ FOLDER is what workloads.py wrote. The forward pass is given the very tensors th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="yolov8n")
     parser.add_argument("--runtime", default="torch")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--whole", action="store_true", help="a YOLO network with all of its head, as on a GPU")
     parser.add_argument("--seconds", type=float, default=5)
     arguments = parser.parse_args()
     work = {"forward": forward, "decode": decode, "prepare": prepare}[arguments.part](arguments)
@@ -64,16 +66,18 @@ def _on_all_cores(work: Callable[[Any], object], given: Sequence[Any]) -> Callab
 
 
 def forward(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Tensors in, tensors out: the session of a runtime, and nothing around it."""
+    """Tensors in, tensors out: the session of a runtime, what it leaves of a head for later, and nothing around it."""
     from workers import tuning
 
     model, sessions = _load(arguments)
     batch = tuning.USUAL_BATCH["cpu"]
+    rest = _computed_at_points(model)
     model.infer([model.prepare(one, _item()) for one in _pixels(arguments)[:batch]])
-    session = sessions[0]
+    network = [sessions[0], *rest]
 
     def once() -> int:
-        session.again()
+        for part in network:
+            part.again()
         return batch
 
     return once
@@ -112,32 +116,49 @@ class _Built:
         return path
 
 
-class _Session:
-    """A session that remembers what it was given."""
+class _Call:
+    """A call that remembers what it was given."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        self._inputs: dict[str, Any] = {}
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
-    def __call__(self, **inputs: Any) -> dict[str, Any]:
-        self._inputs = inputs
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self._given = given, named
         return self.again()
 
-    def again(self) -> dict[str, Any]:
-        """Run the last inputs once more."""
-        outputs: dict[str, Any] = self._session(**self._inputs)
-        return outputs
+    def again(self) -> Any:
+        """The same once more."""
+        given, named = self._given
+        return self._call(*given, **named)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, list[_Session]]:
+class _Branch:
+    """A part of a head that is computed at single points."""
+
+    def __init__(self, at: _Call) -> None:
+        self.at = at
+
+
+def _computed_at_points(model: Any) -> list[_Call]:
+    """The calls of the parts of a YOLO head that its network leaves out."""
+    head = getattr(model, "_head", None)
+    if head is None:
+        return []
+    calls = {name: _Call(branch.at) for name, branch in head.branches.items()}
+    model._head = dataclasses.replace(head, branches={name: _Branch(call) for name, call in calls.items()})
+    return list(calls.values())
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, list[_Call]]:
     from storage.errors import ImagemillError
     from workers import models, runtimes
 
     family, kind, weights = WORKLOADS[arguments.workload]
     card = models.card_for(arguments.workload, family, kind)
-    sessions: list[_Session] = []
+    sessions: list[_Call] = []
 
-    def open_network(network: runtimes.Network) -> _Session:
+    def open_network(network: runtimes.Network) -> _Call:
         name, precision = arguments.runtime, arguments.precision
         try:
             files = _Built(arguments.folder, arguments.workload)
@@ -147,12 +168,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, list[_Session]]:
                 session = runtimes.open_network(name, network, "cpu", precision, files)
         except ImagemillError as error:
             common.leave_out(f"{name} does not run it here: {error}".splitlines()[0])
-        sessions.append(_Session(session))
+        sessions.append(_Call(session))
         return sessions[-1]
 
     site = models.Site("cpu", open_network, arguments.precision)
     path = arguments.folder / weights if weights else None
-    return models.family(family).load(card, card.params(), path, site), sessions
+    params = card.params(conf=0.0) if arguments.whole else card.params()
+    return models.family(family).load(card, params, path, site), sessions
 
 
 def _paths(arguments: argparse.Namespace) -> list[Path]:
