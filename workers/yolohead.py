@@ -1,8 +1,9 @@
 """Knows what YOLO networks share whatever their task: parameters, letterbox, and which boxes the head's numbers mean.
 
-A network ends at the head's raw numbers, a distance distribution and class logits for each anchor point. They are
-turned into boxes here, in float32 and only for the few anchor points that pass the score threshold: so half precision
-costs no box accuracy, and a runtime compiles nothing that depends on the picture's size.
+A network ends at the head's raw numbers, a distance distribution and class logits for each anchor point, or before them
+(`workers/yolonetwork.py`). They are turned into boxes here, in float32 and only for the few anchor points that pass
+the score threshold: so half precision costs no box accuracy, and a runtime compiles nothing that depends on the
+picture's size.
 
 Defaults and arithmetic follow `predict` of ultralytics 8.4.
 """
