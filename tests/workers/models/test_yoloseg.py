@@ -15,7 +15,7 @@ from storage import rle
 from storage.errors import BadInput, ItemFailed
 from storage.results.masks import Result
 from tests.workers.models.test_yolo import LABELS, SIZE, _spread, pictures
-from workers import masks, ultralytics_checkpoints
+from workers import masks, ultralytics_checkpoints, yolonetwork
 from workers.models import Item, Site, yolo, yoloseg
 from workers.models.yoloseg import Params
 from workers.runtimes import torch as torch_runtime
@@ -198,6 +198,24 @@ def test_masks_are_made_a_few_at_a_time(
         assert len(expected.rles) > 10
         assert few.rles == expected.rles
         assert np.array_equal(few.boxes_xyxy, expected.boxes_xyxy)
+
+
+@pytest.mark.parametrize("series", ["yolov8n-seg", pytest.param("yolo26n-seg", marks=pytest.mark.slow)])
+def test_a_cpu_leaves_out_what_is_thrown_away(
+    series: str, weights: Callable[[str], Path], images: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boxes and coefficients are computed where something passes, and make the masks of the whole head."""
+    few = loaded(weights(series))
+    assert few._head.branches.keys() == {"distances", "coefficients"}
+    monkeypatch.setattr(yolonetwork, "_LEAST_CONF", 2.0)
+    whole = loaded(weights(series))
+    assert not whole._head.branches
+    ours, theirs = alone(few, images["portrait"]), alone(whole, images["portrait"])
+    assert ours.labels == theirs.labels
+    assert len(ours.labels) > 3
+    np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-4)
+    np.testing.assert_allclose(ours.boxes_xyxy, theirs.boxes_xyxy, atol=0.05)
+    np.testing.assert_allclose(ours.areas, theirs.areas, rtol=0.02, atol=4)
 
 
 def test_nothing_found(weights: Callable[[str], Path], images: dict[str, np.ndarray]) -> None:
