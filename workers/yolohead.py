@@ -152,8 +152,8 @@ def kept(
 
     Args:
         raw: of each anchor point "logits" (batch, classes, anchors), or "best" (batch, anchors), the largest of them,
-            and "class_id" (batch, anchors), whose it is; and "distances" (batch, 4 * bins, anchors), or the features
-            that the head's branches compute them from.
+            and "class_id" (batch, anchors), whose it is; and "distances" (batch, 4 * bins, anchors), or "features0",
+            "features1" and so on, finest first, which the head's branches compute them from.
         further: names of further numbers that come with each anchor point, as the distances do.
         shape: (height, width) of the padded input.
 

@@ -22,7 +22,7 @@ from workers.pixels import Pixels
 from workers.runtimes import Network, Session
 from workers.yolohead import Head, Params
 
-# Below, so many points pass that computing them one by one takes as long as all at once, in a runtime of its own.
+# Below, hundreds of points of a picture may pass, and computing those takes as long as the runtime takes for all.
 _LEAST_CONF = 0.05
 
 _ANCHORS = {0: "batch", 2: "anchors"}
