@@ -218,6 +218,19 @@ def test_a_cpu_leaves_out_what_is_thrown_away(
     np.testing.assert_allclose(ours.areas, theirs.areas, rtol=0.02, atol=4)
 
 
+@pytest.mark.parametrize("name", ["distances", "coefficients"])
+def test_broken_boxes_or_coefficients_fail_their_picture(
+    name: str, weights: Callable[[str], Path], images: dict[str, np.ndarray]
+) -> None:
+    """Of a checkpoint whose classes and features are whole."""
+    model = loaded(weights("yolov8n-seg"))
+    for stack in model._head.branches[name]._stacks:
+        stack[-1].bias.fill_(float("nan"))
+    (result,) = model.infer([model.prepare(images["portrait"], Item("key"))])
+    assert isinstance(result, ItemFailed)
+    assert (result.stage, result.reason) == ("infer", "not-finite")
+
+
 def test_nothing_found(weights: Callable[[str], Path], images: dict[str, np.ndarray]) -> None:
     result = alone(loaded(weights("yolov8n-seg"), conf=1.0), images["portrait"])
     assert result.labels == ()
