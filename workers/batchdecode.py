@@ -25,7 +25,7 @@ import numpy as np
 
 from storage.errors import ItemFailed, Misconfigured, one_line
 from workers import images
-from workers.images import Decoded, Limits
+from workers.images import Decoded, Header, Limits
 
 log = logging.getLogger("imagemill.worker")
 
@@ -53,15 +53,15 @@ class OnDevice:
         """What turns JPEGs into pixels."""
         return "host" if self._able is False else "nvjpeg"
 
-    def decode(self, data: bytes) -> Decoded:
+    def decode(self, data: bytes, known: Header | None = None) -> Decoded:
         """As `images.decode`. Called from many threads."""
         if not self._is_able() or images.plain_jpeg(data, self.limits) is None:
-            return images.decode(data, self.limits)
+            return images.decode(data, self.limits, known)
         answer: Future[Decoded] = Future()
         self._asked.put((data, answer))
         return answer.result()
 
-    def header(self, data: bytes) -> tuple[str, int, int]:
+    def header(self, data: bytes) -> Header:
         """As `images.header`."""
         return images.header(data)
 

@@ -38,9 +38,8 @@ import logging
 import math
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -93,15 +92,54 @@ class Decoded:
     height: int
 
 
-def decode(data: bytes, limits: Limits) -> Decoded:
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What the segments of a JPEG before its first scan say."""
+
+    width: int
+    height: int
+    channels: int
+    scan: int  # offset of the first scan
+    clean: bool  # nothing between the segments
+    one_scan: bool  # decoders read no further than the first scan, whatever follows
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of its picture.
+
+    Attributes:
+        format: one of FORMATS.
+        width, height: as stored, before orientation.
+        frame: of a JPEG.
+    """
+
+    format: str
+    width: int
+    height: int
+    frame: _Frame | None = field(default=None, compare=False, repr=False)
+
+
+def decode(data: bytes, limits: Limits, known: Header | None = None) -> Decoded:
     """The picture in the bytes. Safe to call from many threads; the decoders release the GIL.
+
+    Args:
+        known: what `header` says of the bytes, which is then not read again.
 
     Raises:
         ItemFailed: stage "decode", with one of the reasons in the module's docstring.
     """
-    name = _format_within(data, limits.max_bytes)
-    with _one_error(name, data):
-        pixels = _decode_jpeg(data, limits) if name == "JPEG" else _decode_pillow(name, data, limits)
+    _check_bytes(data, limits.max_bytes)
+    name = known.format if known else _format(data)
+    try:
+        if name == "JPEG":
+            pixels = _decode_jpeg(data, limits, (known and known.frame) or _jpeg_frame(data))
+        else:
+            pixels = _decode_pillow(name, data, limits)
+    except ItemFailed:
+        raise
+    except Exception as error:
+        raise _item_failed(name, data, error) from error
     return Decoded(pixels, pixels.shape[1], pixels.shape[0])
 
 
@@ -125,9 +163,11 @@ def plain_jpeg(data: bytes, limits: Limits) -> PlainJpeg | None:
     Raises:
         ItemFailed: as `decode`, for what can be told without decoding.
     """
-    if _format_within(data, limits.max_bytes) != "JPEG":
+    _check_bytes(data, limits.max_bytes)
+    if _format(data) != "JPEG":
         return None
-    frame = _checked_frame(data, limits)
+    frame = _jpeg_frame(data)
+    _check_jpeg(data, limits, frame)
     if frame.channels not in (1, 3) or not frame.clean:
         return None
     try:
@@ -177,11 +217,11 @@ class Here:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
 
-    def decode(self, data: bytes) -> Decoded:
+    def decode(self, data: bytes, known: Header | None = None) -> Decoded:
         """As the function."""
-        return decode(data, self.limits)
+        return decode(data, self.limits, known)
 
-    def header(self, data: bytes) -> tuple[str, int, int]:
+    def header(self, data: bytes) -> Header:
         """As the function."""
         return header(data)
 
@@ -189,27 +229,34 @@ class Here:
         """Nothing to end."""
 
 
-def header(data: bytes) -> tuple[str, int, int]:
-    """(format, width, height) as stored, before orientation, without decoding. Raises ItemFailed as `decode` does."""
-    name = _format_within(data, len(data))
-    with _one_error(name, data):
+def header(data: bytes) -> Header:
+    """What the file says of its picture, without decoding. Raises ItemFailed as `decode` does."""
+    name = _format(data)
+    try:
         if name == "JPEG":
             frame = _jpeg_frame(data)
-            return name, frame.width, frame.height
-        size = _webp_size(data) if name == "WEBP" else _opened(name, data).size
-        return name, size[0], size[1]
+            return Header(name, frame.width, frame.height, frame)
+        width, height = _webp_size(data) if name == "WEBP" else _opened(name, data).size
+        return Header(name, width, height)
+    except ItemFailed:
+        raise
+    except Exception as error:
+        raise _item_failed(name, data, error) from error
 
 
 def _failed(reason: str, message: str, *, retry: bool = False) -> ItemFailed:
     return ItemFailed("decode", reason, message, retry=retry)
 
 
-def _format_within(data: bytes, max_bytes: int) -> str:
-    """The format by its first bytes, once there are not too many of them."""
+def _check_bytes(data: bytes, most: int) -> None:
+    if len(data) > most:
+        raise _failed("too-many-bytes", f"the file has {len(data)} bytes, over the limit of {most}")
+
+
+def _format(data: bytes) -> str:
+    """The format by its first bytes."""
     if not data:
         raise _failed("empty", "the file has no bytes")
-    if len(data) > max_bytes:
-        raise _failed("too-many-bytes", f"the file has {len(data)} bytes, over the limit of {max_bytes}")
     name = _format_of(data)
     if not name:
         found = "is HEIC; convert it to JPEG" if _is_heic(data) else f"starts {data[:8]!r}"
@@ -251,23 +298,17 @@ def _avif() -> bool:
     return bool(features.check("avif"))
 
 
-@contextmanager
-def _one_error(name: str, data: bytes) -> Iterator[None]:
-    """Turn whatever a decoder raises into ItemFailed."""
+def _item_failed(name: str, data: bytes, error: Exception) -> ItemFailed:
+    """What an error of any other kind from a decoder says of the picture."""
     from PIL.Image import DecompressionBombError
 
-    try:
-        yield
-    except ItemFailed:
-        raise
-    except MemoryError as error:
-        raise _failed("too-many-pixels", f"no memory to decode this {name}", retry=True) from error
-    except DecompressionBombError as error:
-        raise _failed("too-many-pixels", str(error)) from error
-    except Exception as error:
-        short = isinstance(error, EOFError) or "truncat" in str(error).lower() or _cut_short(name, data)
-        reason = "truncated" if short else "corrupt"
-        raise _failed(reason, f"{reason} {name}: {type(error).__name__}: {_one_line(error)}") from error
+    if isinstance(error, MemoryError):
+        return _failed("too-many-pixels", f"no memory to decode this {name}", retry=True)
+    if isinstance(error, DecompressionBombError):
+        return _failed("too-many-pixels", str(error))
+    short = isinstance(error, EOFError) or "truncat" in str(error).lower() or _cut_short(name, data)
+    reason = "truncated" if short else "corrupt"
+    return _failed(reason, f"{reason} {name}: {type(error).__name__}: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:
@@ -322,16 +363,6 @@ def _check_pixels(width: int, height: int, limits: Limits) -> None:
         raise _failed("corrupt", f"expected at least 1 x 1 pixels, but the header says {width} x {height}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    width: int
-    height: int
-    channels: int
-    scan: int  # offset of the first scan
-    clean: bool  # nothing between the segments
-    one_scan: bool  # decoders read no further than the first scan, whatever follows
-
-
 def _jpeg_frame(data: bytes) -> _Frame:
     """Size and channels of a JPEG, from the segments before its first scan (ITU-T T.81, annex B)."""
     at, size, clean, sequential = 2, None, True, False
@@ -359,16 +390,14 @@ def _jpeg_frame(data: bytes) -> _Frame:
     raise _failed("corrupt", "corrupt JPEG: no frame before the first scan")
 
 
-def _checked_frame(data: bytes, limits: Limits) -> _Frame:
-    """The frame of a JPEG that may be decoded: not too large, with an end, and without endless scans."""
-    frame = _jpeg_frame(data)
+def _check_jpeg(data: bytes, limits: Limits, frame: _Frame) -> None:
+    """Raise ItemFailed for a JPEG that may not be decoded: it is too large, has no end, or has endless scans."""
     _check_pixels(frame.width, frame.height, limits)
     # The end marker cannot occur within a scan. Older OpenCV fills what a cut file lacks with grey and says nothing.
     if data.rfind(b"\xff\xd9", frame.scan) < 0:  # it stands at the end, as a rule
         raise _failed("truncated", "truncated JPEG: it has no end marker")
     if not frame.one_scan and _scans(data, frame.scan) > _MAX_JPEG_SCANS:
         raise _failed("corrupt", f"JPEG with more than {_MAX_JPEG_SCANS} scans: each costs a pass over all pixels")
-    return frame
 
 
 def _scans(data: bytes, start: int) -> int:
@@ -378,9 +407,9 @@ def _scans(data: bytes, start: int) -> int:
     return sum(int(np.count_nonzero(some == 0xDAFF)) for some in pairs)
 
 
-def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
+def _decode_jpeg(data: bytes, limits: Limits, frame: _Frame) -> Pixels:
     """Through OpenCV: as fast as any, the very pixels ultralytics sees, and without the GIL."""
-    frame = _checked_frame(data, limits)
+    _check_jpeg(data, limits, frame)
     # OpenCV's libjpeg writes to stderr about bytes between segments; Pillow's does not.
     if frame.channels in (1, 3) and frame.clean:
         cv2 = _cv2()

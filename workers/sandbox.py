@@ -50,7 +50,7 @@ import numpy.typing as npt
 from jobs import processes
 from storage.errors import ItemFailed, Misconfigured
 from workers import images
-from workers.images import Decoded, Limits
+from workers.images import Decoded, Header, Limits
 
 log = logging.getLogger("imagemill.sandbox")
 
@@ -124,8 +124,11 @@ class Sandbox:
         self._closed = False
         self.started = 0  # children so far; more than `processes` tells that some were replaced
 
-    def decode(self, data: bytes) -> Decoded:
+    def decode(self, data: bytes, known: Header | None = None) -> Decoded:
         """The picture in the bytes.
+
+        Args:
+            known: not used, since a child trusts nothing but the bytes.
 
         Raises:
             ItemFailed: as images.decode does, and with the reasons decoder-crashed and timeout.
@@ -134,10 +137,10 @@ class Sandbox:
         answer = self._ask(_DECODE, data)
         return Decoded(answer.body.reshape(answer.height, answer.width, 3), answer.width, answer.height)
 
-    def header(self, data: bytes) -> tuple[str, int, int]:
-        """(format, width, height) as images.header says, since to read a header is to parse. Raises as `decode`."""
+    def header(self, data: bytes) -> Header:
+        """As images.header says, since to read a header is to parse. Raises as `decode`."""
         answer = self._ask(_HEADER, data)
-        return answer.body.tobytes().decode(), answer.width, answer.height
+        return Header(answer.body.tobytes().decode(), answer.width, answer.height)
 
     def close(self) -> None:
         """End every child, busy or not. A picture that is being decoded fails with the reason dropped."""
@@ -382,9 +385,9 @@ def _answer(what: bytes, questions: BinaryIO, nbytes: int, limits: Limits, answe
             head = _ANSWER.pack(_PIXELS, picture.width, picture.height, picture.pixels.nbytes)
             body = picture.pixels.data.cast("B")
         else:
-            name, width, height = images.header(data)
-            head = _ANSWER.pack(_SIZE, _bounded(width), _bounded(height), len(name))
-            body = memoryview(name.encode())
+            found = images.header(data)
+            head = _ANSWER.pack(_SIZE, _bounded(found.width), _bounded(found.height), len(found.format))
+            body = memoryview(found.format.encode())
     except ItemFailed as error:
         text = json.dumps([error.reason, error.message, error.retry]).encode()
         head, body = _ANSWER.pack(_FAILED, 0, 0, len(text)), memoryview(text)

@@ -271,13 +271,12 @@ class Stream:
         item = run.item(position)
         if not item.uri:
             return None, _prepared(run, None, item)
-        _, width, height = self._pictures.header(data)
-        nbytes = min(width * height, self.settings.max_image_pixels) * 3
+        known = self._pictures.header(data)
+        nbytes = min(known.width * known.height, self.settings.max_image_pixels) * 3
         self._decoded.take(nbytes)
         try:
             with run.timed("decode"):
-                picture = self._pictures.decode(data)
-            pixels = picture.pixels
+                pixels = self._pictures.decode(data, known).pixels
             if "crop" in item.data:
                 pixels = images.crop(pixels, item.data["crop"])
             with run.timed("prepare"):

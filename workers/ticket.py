@@ -268,9 +268,7 @@ class Ticket:
         while at < len(todo):
             self._widen(run)
             part = todo[at : at + run.portion.size]
-            while not (run.dropped or self._must_stop() or self._slots.take(len(part), timeout_s=0.1)):
-                pass
-            if run.dropped or self._must_stop():
+            if not self._may_add(run, len(part)):
                 run.dropped = True
                 break
             with self._lock:
@@ -281,6 +279,13 @@ class Ticket:
                 self._ahead = self._claimer.submit(self._next_run)
         if run.dropped:
             self.ready.put(None)
+
+    def _may_add(self, run: Run, count: int) -> bool:
+        """Wait until so many more items may be under way; False when the shard may not go on."""
+        while not (run.dropped or self._must_stop()):
+            if self._slots.take(count, timeout_s=0.1):
+                return True
+        return False
 
     def _is_short(self, left: int) -> bool:
         """Whether the device will be done with all that is under way and left of this shard before a claim could be.

@@ -73,7 +73,7 @@ def test_every_format_gives_contiguous_writable_rgb(form: str) -> None:
     assert pixels.flags.c_contiguous
     assert pixels.flags.writeable
     assert np.abs(pixels.astype(int) - scene()).mean() < 8
-    assert images.header(data) == (form, WIDTH, HEIGHT)
+    assert images.header(data) == images.Header(form, WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize(

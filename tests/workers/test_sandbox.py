@@ -76,7 +76,7 @@ def outcome(decode: Any, data: bytes) -> Any:
         picture = decode(data)
     except ItemFailed as error:
         return error.stage, error.reason, error.message, error.retry
-    return picture if isinstance(picture, tuple) else (picture.width, picture.height, picture.pixels.tobytes())
+    return picture if isinstance(picture, images.Header) else (picture.width, picture.height, picture.pixels.tobytes())
 
 
 def failure(box: Sandbox, data: bytes | str) -> ItemFailed:
@@ -288,7 +288,7 @@ def test_lies_are_a_crash(obedient: Sandbox, code: str) -> None:
 
 
 def test_a_lie_about_a_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = OBEDIENT.replace("sandbox.serve()", "images.header = lambda data: ('EXE', 1, 1)\nsandbox.serve()")
+    code = OBEDIENT.replace("sandbox.serve()", "images.header = lambda _: images.Header('EXE', 1, 1)\nsandbox.serve()")
     monkeypatch.setattr(sandbox, "_CODE", code)
     with opened() as box:
         with pytest.raises(ItemFailed) as caught:
@@ -297,10 +297,11 @@ def test_a_lie_about_a_header(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_huge_numbers_in_a_header_are_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = OBEDIENT.replace("sandbox.serve()", "images.header = lambda data: ('PNG', 10**30, -10**30)\nsandbox.serve()")
+    header = "images.header = lambda _: images.Header('PNG', 10**30, -10**30)"
+    code = OBEDIENT.replace("sandbox.serve()", f"{header}\nsandbox.serve()")
     monkeypatch.setattr(sandbox, "_CODE", code)
     with opened() as box:
-        assert box.header(PICTURE) == ("PNG", 2**62, -(2**62))
+        assert box.header(PICTURE) == images.Header("PNG", 2**62, -(2**62))
 
 
 def test_what_is_printed_in_a_child_goes_nowhere(obedient: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
