@@ -71,7 +71,8 @@ class Computing:
 
     def wait(self) -> None:
         """Before a picture is decoded."""
-        self._free.wait()
+        if not self._free.is_set():
+            self._free.wait()
 
     @contextmanager
     def running(self, barriers: bool = True) -> Iterator[None]:

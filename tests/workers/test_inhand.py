@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 
@@ -35,6 +36,25 @@ def test_a_room_that_grows_lets_in_who_waits() -> None:
     waiting.join()
     room.widen(2)
     assert not room.take(1, timeout_s=0.01), "a room never shrinks, and this one is full"
+
+
+def test_room_that_is_given_back_lets_in_all_who_fit() -> None:
+    room = Room(4)
+    room.take(4)
+    took: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    waiting = [threading.Thread(target=lambda: took.put(room.take(2, timeout_s=10))) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.05)
+    assert took.empty()
+    room.give(4)
+    assert [took.get(timeout=5), took.get(timeout=5)] == [True, True]
+    time.sleep(0.05)
+    assert took.empty(), "two and two are all there is"
+    room.give(2)
+    assert took.get(timeout=5)
+    for thread in waiting:
+        thread.join()
 
 
 @pytest.mark.parametrize(("each_s", "expected"), [(0.05, 1), (0.004, 6), (0.001, 24), (0.00001, Portion.MOST)])
