@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto, helper
 
 from storage.errors import BadInput, ItemFailed
+from storage.results import detections
 from tests.workers.models import test_yolo as of_yolo
 from workers import models, onnxmeta, runtimes, ultralytics_checkpoints
 from workers.models import Item, Site, onnxfile
@@ -134,22 +135,23 @@ def test_a_batch_gives_what_each_gives_alone(
         np.testing.assert_allclose(alone.boxes_xyxy, together.boxes_xyxy, atol=0.01)
 
 
+class _NoFiles:
+    model: ClassVar[dict[str, str]] = {}
+
+    def export(self, *args: object) -> None:
+        pytest.fail("there is nothing to export")
+
+    get = export
+
+
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 @pytest.mark.parametrize("name", SOME)
 def test_every_runtime_runs_the_file_itself(
     name: str, runtime: str, files: dict[str, Path], pictures: dict[str, np.ndarray]
 ) -> None:
-    class NoFiles:
-        model: ClassVar[dict[str, str]] = {}
-
-        def export(self, *args: object) -> None:
-            pytest.fail("there is nothing to export")
-
-        get = export
-
     def open_network(network: Network) -> Session:
         assert network.onnx == files[name]
-        return runtimes.open_network(runtime, network, "cpu", "fp32", NoFiles())
+        return runtimes.open_network(runtime, network, "cpu", "fp32", _NoFiles())
 
     results = []
     for model in (ours(files[name]), ours(files[name], open_network)):
@@ -163,6 +165,31 @@ def test_every_runtime_runs_the_file_itself(
     # Boxes of nearly one score may change places.
     np.testing.assert_allclose(*(np.sort(r.boxes_xyxy, axis=0) for r in results), atol=0.05)
     assert sorted(results[0].labels) == sorted(results[1].labels)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("ports", ["half", "whole"])
+def test_a_file_in_half_precision(
+    ports: str, runtime: str, files: dict[str, Path], pictures: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """As converters write them, with float16 at both ends or only between: it finds what the file in float32 finds."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    path = tmp_path / "half.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about weights that are too small for it
+        onnx.save(convert_float_to_float16(onnx.load(files["dynamic"]), keep_io_types=ports == "whole"), path)
+    assert onnxmeta.read(path).inputs[0].kind == ("float16" if ports == "half" else "float32")
+
+    def open_network(network: Network) -> Session:
+        return runtimes.open_network(runtime, network, "cpu", "fp32", _NoFiles())
+
+    found = []
+    for model in (ours(files["dynamic"]), ours(path, open_network)):
+        found += model.infer([model.prepare(pictures["portrait"], Item("k"))])
+    assert len(found[0].labels) > 0
+    np.testing.assert_allclose(found[1].scores[:5], found[0].scores[:5], atol=0.01)
+    assert detections.agreement(*found) > 0.95
 
 
 def test_the_file_says_its_size_and_a_fixed_one_takes_no_other(files: dict[str, Path]) -> None:
