@@ -58,9 +58,10 @@ def _begin() -> None:
     # A shard in hand is tens of thousands of objects, none of them in a cycle: looking for those less often is a fifth
     # of the time of items that cost nothing else.
     gc.set_threshold(20_000, 20, 20)
-    # So long one thread computes in Python, 5 ms as Python has it, before the next gets its turn: those that decode and
-    # the device's are let go of Python between pictures and wait for it again. At shards of 64 pictures, a worker of
-    # the stub was 1.05 times as fast by turns; 0.1 ms was no better.
+    # So long one thread computes in Python, 5 ms as Python has it, before the next gets its turn: decoders and the
+    # device's thread leave Python for each picture and wait for it again. With pictures in shards of 64, the stub was
+    # 1.05 times as fast (the median of 13 pairs, in both orders) and its cores were idle a third less; 0.1 ms
+    # was no better.
     sys.setswitchinterval(0.5e-3)
     device = os.environ[DEVICE]
     drain_file = Path(os.environ[DRAIN_FILE])
