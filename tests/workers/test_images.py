@@ -332,6 +332,11 @@ def test_damaged_files_decode_or_fail_with_a_known_reason(form: str, data: st.Da
         outcome = images.decode(damaged, LIMITS)
     except ItemFailed as error:
         outcome = error
+    try:
+        again = images.decode(damaged, LIMITS, images.header(damaged)).pixels.tobytes()
+    except ItemFailed as error:
+        again = error.message.encode()
+    assert again == (outcome.message.encode() if isinstance(outcome, ItemFailed) else outcome.pixels.tobytes())
     if isinstance(outcome, ItemFailed):
         assert outcome.reason in REASONS
         assert pickle.loads(pickle.dumps(outcome)).reason == outcome.reason  # noqa: S301
