@@ -71,8 +71,7 @@ class Computing:
 
     def wait(self) -> None:
         """Before a picture is decoded."""
-        if not self._free.is_set():
-            self._free.wait()
+        self._free.wait()
 
     @contextmanager
     def running(self, barriers: bool = True) -> Iterator[None]:

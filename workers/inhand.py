@@ -8,8 +8,9 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,42 +29,26 @@ class Room:
     """A budget, of bytes or of items. A request larger than all of it is let in alone."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._used, self._waiting = total, 0, 0
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._total, self._used = total, 0
+        self._changed = threading.Condition()
 
     def take(self, amount: int, timeout_s: float | None = None) -> bool:
         """Wait until there is room; False when there was none for so long."""
-        with self._lock:
-            there = self._fits(amount) or self._wait_for(amount, timeout_s)
+        with self._changed:
+            there = self._changed.wait_for(lambda: self._used == 0 or self._used + amount <= self._total, timeout_s)
             self._used += amount if there else 0
             return there
 
     def give(self, amount: int) -> None:
         """Give room back."""
-        with self._lock:
+        with self._changed:
             self._used -= amount
-            self._tell()
+            self._changed.notify_all()
 
     def widen(self, total: int) -> None:
         """Make it at least so large."""
-        with self._lock:
-            if total > self._total:
-                self._total = total
-                self._tell()
-
-    def _fits(self, amount: int) -> bool:
-        return self._used == 0 or self._used + amount <= self._total
-
-    def _wait_for(self, amount: int, timeout_s: float | None) -> bool:
-        self._waiting += 1
-        try:
-            return self._changed.wait_for(lambda: self._fits(amount), timeout_s)
-        finally:
-            self._waiting -= 1
-
-    def _tell(self) -> None:
-        if self._waiting:  # nobody does for most pictures, and a condition takes as long as all the rest
+        with self._changed:
+            self._total = max(self._total, total)
             self._changed.notify_all()
 
 
@@ -118,9 +103,14 @@ class Run:
     def ended(self) -> bool:
         return self.ending is not None and self.ending.done()
 
-    def timed(self, stage: str) -> _Timed:
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
         """Count the time of a block towards a stage."""
-        return _Timed(self, stage)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent(stage, time.perf_counter() - started)
 
     def spent(self, stage: str, seconds: float) -> None:
         """Count time towards a stage. Called from many threads; the lock is the module's, and held for no time."""
@@ -142,21 +132,6 @@ class Run:
         key, uri, fingerprint, _ = self.rows[position]
         result, failure = (None, answer) if isinstance(answer, ItemFailed) else (answer, None)
         self.outcomes[position] = Outcome(position, key, uri, fingerprint, width, height, result, failure)
-
-
-class _Timed:
-    """A block whose time counts. Several times faster than a generator, and there are two for each picture."""
-
-    __slots__ = ("_run", "_stage", "_started")
-
-    def __init__(self, run: Run, stage: str) -> None:
-        self._run, self._stage = run, stage
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *raised: object) -> None:
-        self._run.spent(self._stage, time.perf_counter() - self._started)
 
 
 @dataclass(slots=True)  # not frozen, as storage.shardfile.Outcome is not
