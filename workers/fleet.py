@@ -148,6 +148,8 @@ class Fleet:
 
 def serve() -> None:
     """The process of one device: a Celery worker with one spawned child, pinned by the environment it was given."""
+    from multiprocessing.util import Finalize
+
     from celery.signals import worker_shutting_down
 
     from storage import settings as settings_module
@@ -155,7 +157,12 @@ def serve() -> None:
 
     settings = settings_module.load()
     configure(settings.log_level)
-    drain_file = own_folder() / "drain"
+    folder = own_folder()
+    # Celery's pool makes a folder for temporary files: within ours, it is found when this process is killed. In an
+    # orderly end ours is deleted after it, which multiprocessing does at -100.
+    tempfile.tempdir = str(folder)
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
+    drain_file = folder / "drain"
     os.environ[DRAIN_FILE] = str(drain_file)
 
     @worker_shutting_down.connect(weak=False)
@@ -165,20 +172,18 @@ def serve() -> None:
     app = queue.app(settings)
     app.conf.imports = ("workers.tasks",)
     device, name = os.environ[DEVICE], os.environ[QUEUE]
-    try:
-        app.worker_main(
-            [
-                "worker",
-                "--without-gossip",
-                "--without-mingle",
-                "--without-heartbeat",
-                f"--loglevel={settings.log_level}",
-                f"--hostname=imagemill-{device}-{os.getpid()}@%h",
-                f"--queues={','.join(queue.served_by(name))}",
-            ]
-        )
-    finally:
-        shutil.rmtree(drain_file.parent, ignore_errors=True)
+    app.worker_main(
+        [
+            "--quiet",
+            "worker",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+            f"--loglevel={settings.log_level}",
+            f"--hostname=imagemill-{device}-{os.getpid()}@%h",
+            f"--queues={','.join(queue.served_by(name))}",
+        ]
+    )
 
 
 def own_folder() -> Path:

@@ -1,4 +1,4 @@
-"""What a worker's process leaves behind: nothing, once another one starts on its machine."""
+"""What a worker's process leaves in the temporary folder: nothing, once another one starts on its machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests import flow
 from workers import fleet
 
 _HOLD = """
@@ -52,3 +54,26 @@ def test_folders_of_the_dead_are_deleted_and_others_left(temporary: Path) -> Non
     last = fleet.own_folder()
     left = {entry.name for entry in temporary.iterdir()}
     assert left == {mine.name, last.name, "imagemill-worker-file", "another"}
+
+
+@pytest.mark.parametrize("stack", ["laptop"], indirect=True)
+def test_a_killed_worker_leaves_nothing_in_the_temporary_folder(stack: dict[str, str], tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    stack = {**stack, "TMPDIR": str(temporary)}
+
+    def theirs(without: str = "") -> list[Path]:
+        """Folders in which Celery's pool keeps files, so that its worker has come up."""
+        return [path.parent for path in temporary.glob("*/*") if path.parent.name != without]
+
+    with flow.background(stack, "up", "--device", "cpu") as up:
+        flow.wait_until(lambda: bool(theirs()), "a worker")
+        (first,) = theirs()
+        (worker,) = [one for one in psutil.Process(up.pid).children() if "workers.fleet" in " ".join(one.cmdline())]
+        worker.kill()
+        flow.wait_until(lambda: bool(theirs(first.name)), "the next worker")
+        assert list(temporary.iterdir()) == theirs(first.name)
+        flow.wait_until(lambda: bool(flow.run_json(stack, "workers")), "its child")
+        up.terminate()
+        up.wait(timeout=60)
+    assert list(temporary.iterdir()) == []
