@@ -7,6 +7,7 @@ graph, or that leaves no memory for it, runs as ever. Not yet run on a GPU.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -80,7 +81,7 @@ def captured(call: Call, given: Sequence[Any]) -> Call:
     if free < total / 2:
         raise RuntimeError(f"only {free / 1e9:.1f} of {total / 1e9:.1f} GB of the device's memory are free")
     inputs = [tensor.clone() for tensor in given]
-    beside = made.Stream()
+    beside = _capturing()
     beside.wait_stream(made.current_stream())
     with made.stream(beside):
         for _ in range(_WARM_UPS):
@@ -98,6 +99,17 @@ def captured(call: Call, given: Sequence[Any]) -> Call:
         return tuple(tensor.clone() for tensor in outputs)
 
     return replay
+
+
+@functools.cache
+def _capturing() -> Any:
+    """The stream of all captures. One only: torch has 32 and gives them out in turns, and what another thread did on
+    the stream that is captured would become part of the graph.
+    """
+    import torch
+
+    made: Any = torch.cuda.Stream
+    return made()
 
 
 def _alike(found: Sequence[Any], expected: Sequence[Any]) -> bool:

@@ -104,8 +104,7 @@ class Engine:
         ranges = {n: self._engine.get_tensor_profile_shape(n, 0) for n in given}
         self.least: dict[str, Shape] = {n: tuple(found[0]) for n, found in ranges.items()}
         self.most: dict[str, Shape] = {n: tuple(found[2]) for n, found in ranges.items()}
-        # On torch's default stream TensorRT would wait for the device before and after every call.
-        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = _computing()
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors on the device -> tensors on the device, not waited for: torch's stream keeps the order.
@@ -143,6 +142,17 @@ class Engine:
     def _place(self, name: str, tensor: Any) -> None:
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
             raise RuntimeError(f"TensorRT does not take the memory of {name}: {said()}")
+
+
+@functools.cache
+def _computing() -> Any:
+    """The stream of all engines. On torch's default one TensorRT would wait for the device before and after every call;
+    and torch has 32 others, which it gives out in turns: with one an engine, two threads would come to share one.
+    """
+    import torch
+
+    made: Any = torch.cuda.Stream
+    return made()
 
 
 def cut(batch: int, least: int, most: int) -> list[tuple[int, int, int]]:
