@@ -120,6 +120,16 @@ class TestAttempts:
         assert bench.lines == ["", "| a | b |", "|---|---|", "| x/y | 1234 |", "| 3 | 0.123 |"]
 
 
+@pytest.mark.parametrize(
+    ("device", "outputs"),
+    [("cuda", ("distances", "logits")), ("cpu", ("best", "class_id", "features0", "features1", "features2"))],
+)
+def test_a_network_is_the_one_that_a_job_runs_there(device: str, outputs: tuple[str, ...], tmp_path: Path) -> None:
+    weights = shared.yolo_weights(tmp_path, "yolov8n")
+    bench = Bench(device, True, tmp_path)
+    assert shared.networks(bench, "yolo", weights, {"imgsz": 64}, "detections")["yolo"].outputs == outputs
+
+
 class TestRun:
     """Sections are processes; here they are small programs."""
 

@@ -162,8 +162,8 @@ def expect(right: bool, what: str) -> None:
         raise RuntimeError(what)
 
 
-def networks(family: str, weights: Path, params: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The networks that a family asks a runtime for, by name, none of them opened."""
+def networks(bench: Bench, family: str, weights: Path, params: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The networks that a family asks a runtime for on this device, by name, none of them opened."""
     from workers import models
     from workers.models import Site
 
@@ -174,18 +174,30 @@ def networks(family: str, weights: Path, params: dict[str, Any], kind: str) -> d
         return lambda **inputs: {}
 
     card = models.card_for("bench", family, kind)
-    models.family(family).load(card, card.params(**params), weights, Site("cpu", open_network))
+    models.family(family).load(card, card.params(**params), weights, Site(bench.device, open_network))
     return found
 
 
-def load(bench: Bench, family: str, weights: Path, params: dict[str, Any], kind: str, precision: str) -> Any:
-    """A model on the device, in torch."""
+def load(
+    bench: Bench,
+    family: str,
+    weights: Path,
+    params: dict[str, Any],
+    kind: str,
+    precision: str,
+    around: Callable[[Any], Any] = lambda session: session,
+) -> Any:
+    """A model on the device, in torch.
+
+    Args:
+        around: makes what the model calls of a network's session.
+    """
     from workers import models
     from workers.models import Site
     from workers.runtimes import torch as runtime
 
     card = models.card_for("bench", family, kind)
-    site = Site(bench.device, lambda network: runtime.open(network, bench.device, precision), precision)
+    site = Site(bench.device, lambda network: around(runtime.open(network, bench.device, precision)), precision)
     return models.family(family).load(card, card.params(**params), weights, site)
 
 

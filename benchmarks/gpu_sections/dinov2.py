@@ -17,6 +17,6 @@ def run(bench: Bench) -> None:
     for name, architecture in chosen.items():
         for side in (28,) if bench.quick else (224, 518):
             weights = shared.dinov2_weights(bench.folder, name, *architecture)
-            network = shared.networks("dinov2", weights, {"imgsz": side}, "embedding")["dinov2"]
+            network = shared.networks(bench, "dinov2", weights, {"imgsz": side}, "embedding")["dinov2"]
             batches = (2,) if bench.quick else ((1, 32, 128) if side == 224 else (1, 32)) if bench.on_gpu else (8,)
             forward.table(bench, f"{name} {side}", network, batches)

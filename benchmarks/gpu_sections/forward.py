@@ -65,7 +65,7 @@ def table(
         network: a workers.runtimes.Network.
         per_call: batch -> items of one call, for networks whose batch is not their items.
     """
-    inputs = {batch: batched(network, batch, bench.device) for batch in batches}
+    inputs = {batch: floats(network, batched(network, batch, bench.device)) for batch in batches}
     with numbers(FP32):
         expected = check_alive(session(bench, network, FP32), inputs[batches[0]])
     for way in chosen if chosen is not None else ways(bench):
@@ -131,35 +131,52 @@ def numbers(way: Way) -> Iterator[None]:
 
 
 def batched(network: Any, batch: int, device: str) -> dict[str, Any]:
-    """Inputs as the network's example, drawn at random, so many of each that may vary."""
+    """Inputs as a job gives them, pictures as bytes; drawn at random, so many of each that may vary."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
     found = {}
     for name, example in network.example.items():
         size = (batch, *example.shape[1:]) if 0 in network.dynamic_axes.get(name, {}) else tuple(example.shape)
-        drawn = torch.randn(size, generator=draw) if example.is_floating_point() else example[:1].expand(size)
+        if name in network.pixels:
+            drawn = torch.randint(0, 256, size, generator=draw, dtype=torch.uint8)
+        elif example.is_floating_point():
+            drawn = torch.randn(size, generator=draw)
+        else:
+            drawn = example[:1].expand(size)
         found[name] = drawn.to(device)
     return found
 
 
+def floats(network: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs as the network's module takes them: the numbers that it makes of bytes."""
+    return {
+        name: network.pixels[name].floats(tensor) if name in network.pixels else tensor
+        for name, tensor in inputs.items()
+    }
+
+
 def difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest difference of any output, as a share of that output's largest number; NaN where there is one."""
+    """The largest difference of any output, as a share of that output's largest number; NaN where there is one.
+
+    Whole numbers, such as the class whose logit is largest, are not looked at: they jump where rounding decides.
+    """
     import torch
 
     off = [
         (one.double() - right.double()).abs().max() / right.double().abs().max().clamp(min=1e-30)
         for one, right in zip(found, expected, strict=True)
+        if right.is_floating_point()
     ]
     return float(torch.stack(off).max())  # which is NaN when any is
 
 
 def check_alive(run: Callable[[dict[str, Any]], tuple[Any, ...]], inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """What a network gives, once it is sure that this depends on what it is given; else equal outputs say nothing."""
+    """What a module gives, once it is sure that this depends on what it is given; else equal outputs say nothing."""
     import torch
 
     found = run(inputs)
     other = run({n: torch.zeros_like(t) if t.is_floating_point() else t for n, t in inputs.items()})
-    least = min(difference([a], [b]) for a, b in zip(found, other, strict=True))
+    least = min(difference([a], [b]) for a, b in zip(found, other, strict=True) if b.is_floating_point())
     expect(least > 1e-2, f"the network gives the same whatever it is given, or NaN: {least:.1e} apart")
     return found

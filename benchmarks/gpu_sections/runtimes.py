@@ -141,13 +141,13 @@ def chosen(bench: Bench) -> list[tuple[str, Any]]:
     for name in ("yolov8n",) if bench.quick or not bench.on_gpu else ("yolov8n", "yolov8s", "yolov8x"):
         with bench.without(name):
             weights = shared.yolo_weights(bench.folder, name)
-            found.append((name, shared.networks("yolo", weights, {"imgsz": side}, "detections")["yolo"]))
+            found.append((name, shared.networks(bench, "yolo", weights, {"imgsz": side}, "detections")["yolo"]))
     for name in ("a tiny DINOv2",) if bench.quick else ("dinov2_vits14", "dinov2_vitb14"):
         with bench.without(name):
             sizes = dinov2.SIZES.get(name, (32, 2, 2))
             weights = shared.dinov2_weights(bench.folder, name, *sizes)
             size = 28 if bench.quick else 224
-            found.append((name, shared.networks("dinov2", weights, {"imgsz": size}, "embedding")["dinov2"]))
+            found.append((name, shared.networks(bench, "dinov2", weights, {"imgsz": size}, "embedding")["dinov2"]))
     return found
 
 
@@ -169,7 +169,8 @@ def measured(bench: Bench, name: str, network: Any, runtime: str, precision: str
         raise shared.LeftOut(str(error)) from error
     inputs = forward.batched(network, batch, bench.device)
     with forward.numbers(forward.FP32):
-        expected = forward.check_alive(forward.session(bench, network, forward.FP32), inputs)
+        module = forward.session(bench, network, forward.FP32)
+        expected = forward.check_alive(module, forward.floats(network, inputs))
     out = session(**inputs)
     found = [out[name] for name in network.outputs]
     off = forward.difference(found, expected)

@@ -20,7 +20,7 @@ def run(bench: Bench) -> None:
     bench.head(*forward.HEAD)
     files = {name: weights(bench.folder, name) for name in names}
     for name in names:
-        found = shared.networks("sam", files[name], {}, "masks")
+        found = shared.networks(bench, "sam", files[name], {}, "masks")
         forward.table(bench, f"{name} encoder, pictures", found["encoder"], (1, 4) if bench.on_gpu else (1,))
         boxes = (BOXES,) if bench.quick or not bench.on_gpu else (BOXES, 64)
         forward.table(bench, f"{name} decoder, prompts", found["decoder"], boxes, forward.ways(bench)[:3])

@@ -14,7 +14,7 @@ def run(bench: Bench) -> None:
     bench.head(*forward.HEAD)
     for name in names:
         weights = shared.yolo_weights(bench.folder, name)
-        network = shared.networks("yolo", weights, {"imgsz": size}, "detections")["yolo"]
+        network = shared.networks(bench, "yolo", weights, {"imgsz": size}, "detections")["yolo"]
         forward.table(bench, name, network, batches)
     bench.head("network", "precision", "batch", "infer: copy, network, NMS, boxes", "prepare: letterbox, one thread")
     for name in names:
