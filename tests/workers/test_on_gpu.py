@@ -1,0 +1,215 @@
+"""Every model family on a GPU that is only pretended: it finds what it finds on the CPU, and mixes no devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+import torch
+from PIL import Image
+
+from jobs import lifecycle, plan
+from storage import rle, shardfile, tables
+from storage.errors import ItemFailed
+from storage.objects import open_store
+from storage.settings import Settings
+from tests.support import opened
+from tests.workers.models import test_conformance as shared
+from tests.workers.models import tinydiffusion
+from tests.workers.models.promptable_support import Shelf
+from tests.workers.pretended import OnGpu, pretended_gpu
+from workers import devices, inflight, models, runtimes, submit
+from workers.incarnation import Incarnation
+from workers.models import Encodings, Item, Prepared, Site
+from workers.stream import Stream
+
+__all__ = ["pretended_gpu"]
+
+
+class TestThePretence:
+    def test_devices_are_not_mixed(self, pretended_gpu: Any) -> None:
+        with pretended_gpu():
+            there = torch.ones(2, 3, device="cuda")
+            assert there.is_cuda
+            assert (there + 1).device == torch.device("cuda:0")
+            with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+                there + torch.ones(3)
+            with pytest.raises(TypeError, match="numpy"):
+                there.numpy()
+            assert (there + torch.tensor(1)).cpu().sum() == 12
+            assert torch.tensor([1, 2], device="cuda").tolist() == [1, 2]
+
+    def test_a_view_is_one(self, pretended_gpu: Any) -> None:
+        with pretended_gpu():
+            there = torch.zeros(2, 2).to("cuda")
+            there[0] += torch.tensor([1.0, 2.0], device="cuda")
+            there[1, 1] = 5
+            assert there.cpu().tolist() == [[1, 2], [0, 5]]
+
+    def test_modules_move(self, pretended_gpu: Any) -> None:
+        conv = torch.nn.Conv2d(3, 4, 3).eval().requires_grad_(False)
+        picture = torch.rand(1, 3, 8, 8)
+        expected = conv(picture)
+        with pretended_gpu():
+            conv.to("cuda").to(memory_format=torch.channels_last)
+            assert isinstance(conv.weight, OnGpu)
+            assert torch.allclose(conv(picture.to("cuda")).cpu(), expected, atol=1e-6)
+            with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+                conv(picture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, and batches that it computes."""
+
+    name: str
+    kind: str
+    weights: Path | None
+    params: dict[str, Any]
+    batches: list[list[tuple[np.ndarray | None, Item]]]
+    encodings: Callable[[], Encodings] = lambda: None  # type: ignore[assignment, return-value]
+
+    def loaded(self, device: str) -> Any:
+        """The model on a device."""
+        from workers.runtimes import torch
+
+        family = models.family(self.name)
+        card = next(card for card in family.CARDS if card.kind == self.kind)
+        site = Site(device, lambda network: torch.open(network, device, "fp32"), encodings=self.encodings())
+        return family.load(card, card.params(**self.params), self.weights, site)
+
+
+def check(case: Case, pretended_gpu: Any) -> None:
+    """Assert that a model finds on the pretended GPU what it finds on the CPU, again and again."""
+    model = case.loaded("cpu")
+    expected = [model.infer(prepared(model, batch)) for batch in case.batches]
+    with pretended_gpu():
+        model = case.loaded("cuda")
+        for _ in range(4):  # by the third a network runs as a graph
+            found = [model.infer(prepared(model, batch)) for batch in case.batches]
+        staged = inflight.staged(model)
+        if staged is not None:  # two under way
+            ready = [prepared(model, batch) for batch in case.batches]
+            raw = [staged.compute(batch) for batch in ready]
+            found = [staged.answer(one, batch) for one, batch in zip(raw, ready, strict=True)]
+    for some, right in zip(found, expected, strict=True):
+        assert all(alike(a, b) for a, b in zip(some, right, strict=True))
+
+
+def alike(found: Any, right: Any) -> bool:
+    if isinstance(right, ItemFailed):
+        return str(found) == str(right)
+    return shared.same(found, right, 1e-3)
+
+
+def prepared(model: Any, batch: list[tuple[np.ndarray | None, Item]]) -> list[Prepared]:
+    return [model.prepare(picture, item) for picture, item in batch]
+
+
+def batches(data: dict[str, Any]) -> list[list[tuple[np.ndarray | None, Item]]]:
+    """One of wide pictures, and a tall one."""
+    shapes = [(48, 64), (48, 64), (48, 64), (60, 40)]
+    items = [Item(f"key-{i}", f"file:///{i}", "etag:1", data) for i in range(4)]
+    each = [(shared.pictures(i + 1, shape)[i], items[i]) for i, shape in enumerate(shapes)]
+    return [each[:3], each[3:]]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("pair", shared._pairs(), ids="/".join)
+def test_the_same_as_on_the_cpu(pair: tuple[str, str], pretended_gpu: Any, tmp_path: Path) -> None:
+    name, kind = pair
+    family = models.family(name)
+    only = getattr(family, "RUNTIME", None)
+    if only and not runtimes.precisions(only, "cpu"):
+        pytest.skip(f"the runtime {only} alone runs it")
+    both = f"{name}/{kind}"
+    build = shared.WEIGHTS.get(both) or shared.WEIGHTS.get(name) or getattr(family, "example_weights", None)
+    params = shared.SMALL[both] if both in shared.SMALL else shared.SMALL.get(name, {})
+    check(Case(name, kind, build(tmp_path) if build else None, params, batches({})), pretended_gpu)
+
+
+ROUGH = np.pad(np.ones((12, 10), bool), ((4, 44), (6, 24)))  # of the tall picture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"boxes": [[5, 5, 30, 40], [10, 3, 38, 44]]},
+        {"points": [[[20, 20]], [[30, 30], [5, 5]]], "point_labels": [[1], [1, 0]]},
+        {"boxes": [[5, 5, 30, 40]], "points": [[[20, 20]]]},
+        {"boxes": [[5, 5, 30, 40]], "masks": [{"size": [60, 40], "counts": rle.encode(ROUGH)}]},
+    ],
+    ids=" and ".join,
+)
+def test_prompts(name: str, asked: dict[str, Any], pretended_gpu: Any, tmp_path: Path) -> None:
+    some = batches(asked)[1:] if "masks" in asked else batches(asked)
+    weights = shared.WEIGHTS[name](tmp_path)  # type: ignore[misc]
+    check(Case(name, "masks", weights, shared.SMALL[name], some, Shelf), pretended_gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["drawn", "drawn by XL", "redrawn by XL", "controlled", "flagged"])
+def test_images(how: str, pretended_gpu: Any, tmp_path: Path) -> None:
+    xl = how.endswith("XL")
+    weights = tinydiffusion.xl(tmp_path) if xl else tinydiffusion.sd(tmp_path, safety=how == "flagged")
+    params: dict[str, Any] = {"prompt": "a cat", "steps": 3, "safety": how == "flagged"}
+    some = batches({})
+    if how == "controlled":
+        params |= {"controlnet": str(tinydiffusion.controlnet(tmp_path, weights)), "control": "canny"}
+    elif how != "redrawn by XL":
+        some = [[(None, item) for _, item in batch] for batch in some]
+    check(Case("diffusion", "image", weights, params, some), pretended_gpu)
+
+
+@pytest.mark.parametrize("name", ["yolo", "dinov2"])
+def test_a_whole_job_with_two_batches_under_way(
+    name: str,
+    pretended_gpu: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weights = shared.WEIGHTS[name](tmp_path)  # type: ignore[misc]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, picture in enumerate([*shared.pictures(20), *shared.pictures(10, (64, 40))]):
+        Image.fromarray(picture).save(folder / f"{i:02d}.png")
+    card = models.family(name).CARDS[0]
+    asked = {"kind": card.kind, "model": str(weights), "params": shared.SMALL.get(name, {})}
+    on_cpu = job(tmp_path / "cpu", "cpu", dataset=str(folder), **asked)
+    monkeypatch.setattr(devices, "_gpus", lambda: [devices.Device("GPU-1", "none", 24)])
+    with pretended_gpu():
+        found = job(tmp_path / "gpu", "gpu", dataset=str(folder), **asked)
+    assert "is tried again" not in caplog.text
+    assert len(found) == 30
+    assert all(shared.same(a, b, 1e-3) for a, b in zip(found, on_cpu, strict=True))
+
+
+def job(home: Path, device: str, **asked: Any) -> list[Any]:
+    """The results of a job by a worker in this process, in the order of their keys."""
+    home.mkdir()
+    settings = Settings(home=home)
+    store = open_store((home / "store").as_uri(), settings)
+    with opened(f"sqlite:///{home / 'index.db'}") as db:
+        spec = submit.resolve(
+            db, store, settings, device=device, runtime="torch", precision="fp32", batch=4, shard_size=16, **asked
+        )
+        made, _ = lifecycle.submit(db, spec, force=True)
+        plan.plan(db, store, settings, made)
+        me = Incarnation(db, settings, device, spec.queue, lambda: False)
+        me.start()
+        stream = Stream(db, store, settings, me, "cpu" if device == "cpu" else "cuda")
+        try:
+            stream.run(spec.queue)
+        finally:
+            me.stop()
+            stream.close()
+        written = db.query(sa.select(tables.shard.c.result_key))
+    outcomes = [outcome for (key,) in written for outcome in shardfile.read(store, key)[0]]
+    return [outcome.result for outcome in sorted(outcomes, key=lambda outcome: outcome.key)]
