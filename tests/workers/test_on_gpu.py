@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 from PIL import Image
+from torchvision import io
 
 from jobs import lifecycle, plan
 from storage import rle, shardfile, tables
@@ -23,7 +24,7 @@ from tests.workers.models import test_conformance as shared
 from tests.workers.models import tinydiffusion
 from tests.workers.models.promptable_support import Shelf
 from tests.workers.pretended import OnGpu, pretended_gpu
-from workers import devices, inflight, models, runtimes, submit
+from workers import batchdecode, devices, graphed, inflight, models, runtimes, submit, torchcall
 from workers.incarnation import Incarnation
 from workers.models import Encodings, Item, Prepared, Site
 from workers.stream import Stream
@@ -63,6 +64,37 @@ class TestThePretence:
                 conv(picture)
 
 
+class TestGraphs:
+    def test_a_graph_is_given_new_numbers_and_gives_copies(self, pretended_gpu: Any) -> None:
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(inplace=True), torch.nn.Flatten()).eval()
+        some = [torch.rand(2, 3, 8, 8) for _ in range(3)]
+        with torch.inference_mode(), pretended_gpu():
+            expected = [module(one) for one in some]
+            graph = graphed.captured(torchcall.called(module.to("cuda")), [torch.zeros(2, 3, 8, 8, device="cuda")])
+            found = [graph(one.to("cuda"))[0] for one in some]
+            assert all(torch.allclose(a.cpu(), b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+    def test_what_asks_for_a_number_runs_without(self, pretended_gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
+        def call(one: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (one * 2 if one.sum().item() > 0 else one,)
+
+        with torch.inference_mode(), pretended_gpu():
+            run = graphed.Graphed(call)
+            for i in range(6):
+                (found,) = run(torch.full((2,), float(i), device="cuda"))
+                assert found.tolist() == [2.0 * i] * 2
+        assert caplog.text.count("no CUDA graphs for this network") == 1
+
+    def test_without_room_there_is_none(self, pretended_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1e9, 3e9))
+        with (
+            pretended_gpu(),
+            pytest.raises(RuntimeError, match=r"only 1\.0 of 3\.0 GB of the device's memory are free"),
+        ):
+            graphed.captured(lambda one: (one,), [torch.zeros(1, device="cuda")])
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model, and batches that it computes."""
@@ -84,8 +116,11 @@ class Case:
         return family.load(card, card.params(**self.params), self.weights, site)
 
 
-def check(case: Case, pretended_gpu: Any) -> None:
-    """Assert that a model finds on the pretended GPU what it finds on the CPU, again and again."""
+UNGRAPHED = {"detr", "onnxfile"}  # one asks for a number on its way, the other is no torch
+
+
+def check(case: Case, pretended_gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Assert that a model finds on the pretended GPU what it finds on the CPU, again and again, at last as a graph."""
     model = case.loaded("cpu")
     expected = [model.infer(prepared(model, batch)) for batch in case.batches]
     with pretended_gpu():
@@ -99,6 +134,7 @@ def check(case: Case, pretended_gpu: Any) -> None:
             found = [staged.answer(one, batch) for one, batch in zip(raw, ready, strict=True)]
     for some, right in zip(found, expected, strict=True):
         assert all(alike(a, b) for a, b in zip(some, right, strict=True))
+    assert ("no CUDA graphs" in caplog.text) == (case.name in UNGRAPHED)
 
 
 def alike(found: Any, right: Any) -> bool:
@@ -120,7 +156,9 @@ def batches(data: dict[str, Any]) -> list[list[tuple[np.ndarray | None, Item]]]:
 
 
 @pytest.mark.parametrize("pair", shared._pairs(), ids="/".join)
-def test_the_same_as_on_the_cpu(pair: tuple[str, str], pretended_gpu: Any, tmp_path: Path) -> None:
+def test_the_same_as_on_the_cpu(
+    pair: tuple[str, str], pretended_gpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     name, kind = pair
     family = models.family(name)
     only = getattr(family, "RUNTIME", None)
@@ -129,7 +167,7 @@ def test_the_same_as_on_the_cpu(pair: tuple[str, str], pretended_gpu: Any, tmp_p
     both = f"{name}/{kind}"
     build = shared.WEIGHTS.get(both) or shared.WEIGHTS.get(name) or getattr(family, "example_weights", None)
     params = shared.SMALL[both] if both in shared.SMALL else shared.SMALL.get(name, {})
-    check(Case(name, kind, build(tmp_path) if build else None, params, batches({})), pretended_gpu)
+    check(Case(name, kind, build(tmp_path) if build else None, params, batches({})), pretended_gpu, caplog)
 
 
 ROUGH = np.pad(np.ones((12, 10), bool), ((4, 44), (6, 24)))  # of the tall picture
@@ -147,15 +185,17 @@ ROUGH = np.pad(np.ones((12, 10), bool), ((4, 44), (6, 24)))  # of the tall pictu
     ],
     ids=" and ".join,
 )
-def test_prompts(name: str, asked: dict[str, Any], pretended_gpu: Any, tmp_path: Path) -> None:
+def test_prompts(
+    name: str, asked: dict[str, Any], pretended_gpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     some = batches(asked)[1:] if "masks" in asked else batches(asked)
     weights = shared.WEIGHTS[name](tmp_path)  # type: ignore[misc]
-    check(Case(name, "masks", weights, shared.SMALL[name], some, Shelf), pretended_gpu)
+    check(Case(name, "masks", weights, shared.SMALL[name], some, Shelf), pretended_gpu, caplog)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["drawn", "drawn by XL", "redrawn by XL", "controlled", "flagged"])
-def test_images(how: str, pretended_gpu: Any, tmp_path: Path) -> None:
+def test_images(how: str, pretended_gpu: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     xl = how.endswith("XL")
     weights = tinydiffusion.xl(tmp_path) if xl else tinydiffusion.sd(tmp_path, safety=how == "flagged")
     params: dict[str, Any] = {"prompt": "a cat", "steps": 3, "safety": how == "flagged"}
@@ -164,7 +204,7 @@ def test_images(how: str, pretended_gpu: Any, tmp_path: Path) -> None:
         params |= {"controlnet": str(tinydiffusion.controlnet(tmp_path, weights)), "control": "canny"}
     elif how != "redrawn by XL":
         some = [[(None, item) for _, item in batch] for batch in some]
-    check(Case("diffusion", "image", weights, params, some), pretended_gpu)
+    check(Case("diffusion", "image", weights, params, some), pretended_gpu, caplog)
 
 
 @pytest.mark.parametrize("name", ["yolo", "dinov2"])
@@ -176,29 +216,61 @@ def test_a_whole_job_with_two_batches_under_way(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     weights = shared.WEIGHTS[name](tmp_path)  # type: ignore[misc]
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, picture in enumerate([*shared.pictures(20), *shared.pictures(10, (64, 40))]):
-        Image.fromarray(picture).save(folder / f"{i:02d}.png")
     card = models.family(name).CARDS[0]
     asked = {"kind": card.kind, "model": str(weights), "params": shared.SMALL.get(name, {})}
-    on_cpu = job(tmp_path / "cpu", "cpu", dataset=str(folder), **asked)
+    on_cpu = job(tmp_path / "cpu", "cpu", dataset=dataset(tmp_path / "pictures"), **asked)
     monkeypatch.setattr(devices, "_gpus", lambda: [devices.Device("GPU-1", "none", 24)])
     with pretended_gpu():
-        found = job(tmp_path / "gpu", "gpu", dataset=str(folder), **asked)
+        found = job(tmp_path / "gpu", "gpu", dataset=str(tmp_path / "pictures"), **asked)
     assert "is tried again" not in caplog.text
     assert len(found) == 30
     assert all(shared.same(a, b, 1e-3) for a, b in zip(found, on_cpu, strict=True))
 
 
-def job(home: Path, device: str, **asked: Any) -> list[Any]:
+def test_a_job_whose_pictures_the_gpu_decodes(
+    pretended_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"kind": "detections", "model": str(shared.WEIGHTS["yolo"](tmp_path)), "params": {"imgsz": 64}}  # type: ignore[misc]
+    pictures = dataset(tmp_path / "pictures")
+    on_cpu = job(tmp_path / "cpu", "cpu", dataset=pictures, **asked)
+    plain, counts = io.decode_jpeg, list[int]()
+
+    def decode_jpeg(data: list[torch.Tensor], mode: Any, device: str) -> list[torch.Tensor]:
+        counts.append(len(data))
+        return [one.to(device) for one in plain(data, mode=mode)]
+
+    monkeypatch.setattr(io, "decode_jpeg", decode_jpeg)
+    monkeypatch.setattr(devices, "_gpus", lambda: [devices.Device("GPU-1", "none", 24)])
+    batchdecode.check.cache_clear()
+    batchdecode._stream.cache_clear()
+    try:
+        with pretended_gpu():
+            found = job(tmp_path / "gpu", "gpu", {"gpu_decode": True}, dataset=pictures, **asked)
+    finally:
+        batchdecode.check.cache_clear()
+        batchdecode._stream.cache_clear()
+    assert sum(counts[1:]) == 15, "the JPEGs, after one to see whether it can"
+    assert all(shared.same(a, b, 1e-3) for a, b in zip(found, on_cpu, strict=True))
+
+
+def dataset(folder: Path) -> str:
+    """Thirty pictures of two shapes, every other one a JPEG."""
+    folder.mkdir()
+    for i, picture in enumerate([*shared.pictures(20), *shared.pictures(10, (64, 40))]):
+        Image.fromarray(picture).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}")
+    return str(folder)
+
+
+def job(
+    home: Path, device: str, set_to: dict[str, Any] | None = None, runtime: str = "torch", **asked: Any
+) -> list[Any]:
     """The results of a job by a worker in this process, in the order of their keys."""
     home.mkdir()
-    settings = Settings(home=home)
+    settings = Settings(home=home, **(set_to or {}))
     store = open_store((home / "store").as_uri(), settings)
     with opened(f"sqlite:///{home / 'index.db'}") as db:
         spec = submit.resolve(
-            db, store, settings, device=device, runtime="torch", precision="fp32", batch=4, shard_size=16, **asked
+            db, store, settings, device=device, runtime=runtime, precision="fp32", batch=4, shard_size=16, **asked
         )
         made, _ = lifecycle.submit(db, spec, force=True)
         plan.plan(db, store, settings, made)
