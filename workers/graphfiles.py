@@ -19,7 +19,7 @@ import numpy as np
 
 from storage.errors import BadInput, ItemFailed, one_line
 from storage.results.detections import Result
-from workers import uploading, yolohead
+from workers import nms, uploading, yolohead
 from workers.models import Image, Item, Prepared
 from workers.runtimes import Session
 
@@ -210,6 +210,7 @@ class Detector:
     def __init__(
         self, params: yolohead.Params, labels: tuple[str, ...], layout: Layout, session: Session, device: str
     ) -> None:
+        nms.ready(device)
         self._params, self._labels, self._layout, self._device = params, labels, layout, device
         self._session: Session | None = session
         self._keep = [i for i, label in enumerate(labels) if label in params.classes]

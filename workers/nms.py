@@ -14,6 +14,12 @@ import numpy as np
 _FEW = 200  # of which holding each against each takes less than a millisecond
 
 
+def ready(device: str) -> None:
+    """Import now what `nms` needs on a GPU, which would else wait for it with its first boxes."""
+    if device != "cpu":
+        import torchvision.ops  # noqa: F401
+
+
 def nms(boxes: Any, scores: Any, iou: float) -> Any:
     """Indices of the boxes that stay, best first; of equal scores the earlier box is the better one.
 

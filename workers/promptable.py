@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from storage.errors import ItemFailed
 from storage.results.masks import Result
-from workers import maskgen, masks, prompts, queries
+from workers import maskgen, masks, nms, prompts, queries
 from workers.maskgen import Box, Candidate, Params
 from workers.models import Image, Item, Prepared, Site
 from workers.queries import Form, Frame, Queries
@@ -132,6 +132,7 @@ class Segmenter:
     """
 
     def __init__(self, family: str, params: Params, site: Site, networks: Networks) -> None:
+        nms.ready(site.device)
         self._family, self._params, self._site = family, params, site
         self._networks: Networks | None = networks
         self._kept = site.encodings if site.weights_sha256 else None

@@ -181,9 +181,9 @@ class Tuning:
             return
         if len(pictures) == 1:
             pictures *= 2
-        # The first call pays for more than itself. No picture is computed twice: what is made of it may be kept.
-        self._refer(reference, pictures[:1], size)
-        once_s = self._refer(reference, pictures[1:2], size)
+        # The first call pays for more than itself, and the second may: a library is imported with the first picture of
+        # many boxes. No picture is computed twice: what is made of it may be kept.
+        once_s = min(self._refer(reference, one, size) for one in (pictures[:1], pictures[1:2]))
         self._pictures = pictures[: max(2, int(_REFERENCE_S / once_s))]
         rest, batch = self._pictures[2:], self._usual.batch
         parts = [rest[at : at + batch] for at in range(0, len(rest), batch)]

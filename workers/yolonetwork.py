@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import BadInput
-from workers import checkpoints, ultralytics_checkpoints
+from workers import checkpoints, nms, ultralytics_checkpoints
 from workers.atpoints import Branch
 from workers.models import Site
 from workers.pixels import Pixels
@@ -41,6 +41,7 @@ def opened(
     Raises:
         BadInput: the checkpoint's head does not fit its labels or the parameters.
     """
+    nms.ready(site.device)
     build = functools.partial(_Built, weights, allowed, params, site.device)
     first = [build()]
     head = Head.of(first[0].module, labels, first[0].branches)

@@ -48,10 +48,11 @@ def test_of_equal_scores_the_earlier_is_better() -> None:
 
 
 def test_few_boxes_do_not_import_torchvision() -> None:
-    """It takes seconds, for which the first batch of a new worker would wait."""
+    """It takes seconds, for which the first batch of a new worker would wait; a GPU needs it for any."""
     code = (
-        "import sys, torch; from workers.nms import nms; print(nms(torch.eye(4), torch.ones(4), 0.5).tolist());"
-        "assert 'torchvision' not in sys.modules"
+        "import sys, torch; from workers.nms import nms, ready; ready('cpu');"
+        "print(nms(torch.eye(4), torch.ones(4), 0.5).tolist());"
+        "assert 'torchvision' not in sys.modules; ready('cuda'); assert 'torchvision' in sys.modules"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)

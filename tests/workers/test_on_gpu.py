@@ -24,7 +24,7 @@ from tests.workers.models import test_conformance as shared
 from tests.workers.models import tinydiffusion
 from tests.workers.models.promptable_support import Shelf
 from tests.workers.pretended import OnGpu, pretended_gpu
-from workers import batchdecode, devices, graphed, inflight, models, runtimes, submit, torchcall
+from workers import batchdecode, devices, graphed, inflight, models, nms, runtimes, submit, torchcall
 from workers.incarnation import Incarnation
 from workers.models import Encodings, Item, Prepared, Site
 from workers.stream import Stream
@@ -168,6 +168,19 @@ def test_the_same_as_on_the_cpu(
     build = shared.WEIGHTS.get(both) or shared.WEIGHTS.get(name) or getattr(family, "example_weights", None)
     params = shared.SMALL[both] if both in shared.SMALL else shared.SMALL.get(name, {})
     check(Case(name, kind, build(tmp_path) if build else None, params, batches({})), pretended_gpu, caplog)
+
+
+@pytest.mark.parametrize("name", ["yolo", "sam", pytest.param("onnxfile", marks=pytest.mark.slow)])
+def test_what_suppresses_boxes_is_there_before_the_first(
+    name: str, pretended_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(nms, "ready", asked.append)
+    weights = shared.WEIGHTS[name](tmp_path)  # type: ignore[misc]
+    case = Case(name, models.family(name).CARDS[0].kind, weights, shared.SMALL.get(name, {}), [])
+    with pretended_gpu():
+        case.loaded("cuda")
+    assert asked == ["cuda"]
 
 
 ROUGH = np.pad(np.ones((12, 10), bool), ((4, 44), (6, 24)))  # of the tall picture
