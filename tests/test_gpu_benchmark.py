@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torchvision import io
 
 from benchmarks import common, gpu
 from benchmarks.common import LeftOut
 from benchmarks.gpu_sections import bench as shared
 from benchmarks.gpu_sections import decode, forward, machine, out_of_memory, runtimes
 from benchmarks.gpu_sections.bench import Bench
+from tests.workers.pretended import pretended_gpu
+from workers import batchdecode
+
+__all__ = ["pretended_gpu"]
 
 FOLDER = common.HERE / "gpu_sections"
 
@@ -68,8 +75,6 @@ class TestSections:
         assert 0 < float(cells[2][4]) < 0.05, "bf16 rounds"
 
     def test_another_runtime_is_held_against_torch(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-        import torch
-
         _, off, _ = runtimes.measured(bench, "tiny", tiny(), "onnx", "fp32", 2)
         assert float(str(off)) < 1e-4
         wrong = forward.session(bench, tiny(torch.nn.Sigmoid), forward.FP32)
@@ -80,8 +85,6 @@ class TestSections:
 
 def tiny(act: Callable[[], Any] | None = None) -> Any:
     """A network of one convolution."""
-    import torch
-
     from workers.runtimes import Network
 
     def build() -> Any:
@@ -128,6 +131,41 @@ def test_a_network_is_the_one_that_a_job_runs_there(device: str, outputs: tuple[
     weights = shared.yolo_weights(tmp_path, "yolov8n")
     bench = Bench(device, True, tmp_path)
     assert shared.networks(bench, "yolo", weights, {"imgsz": 64}, "detections")["yolo"].outputs == outputs
+
+
+class TestOnAPretendedGpu:
+    """What sections do only where there is a GPU; torch's tensors are said to be on one."""
+
+    @pytest.fixture(autouse=True)
+    def _there(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        plain = io.decode_jpeg
+        monkeypatch.setattr(
+            io, "decode_jpeg", lambda data, mode, device: [one.to(device) for one in plain(data, mode=mode)]
+        )
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        batchdecode.check.cache_clear()
+        yield
+        batchdecode.check.cache_clear()
+
+    @pytest.mark.parametrize(
+        "name",
+        ["decode", *(pytest.param(s, marks=pytest.mark.slow) for s in ("precisions", "yolo", "dinov2", "sam", "unet"))],
+    )
+    @pytest.mark.filterwarnings("ignore")
+    def test_a_section(self, name: str, pretended_gpu: Any, tmp_path: Path) -> None:
+        bench = Bench("cuda", True, tmp_path)
+        with pretended_gpu():
+            importlib.import_module(f"benchmarks.gpu_sections.{name}").run(bench)
+        assert bench.failed == 0, bench.lines
+        assert not any("left out" in line for line in bench.lines)
+
+    @pytest.mark.slow
+    def test_more_pictures_than_fit(self, pretended_gpu: Any, tmp_path: Path) -> None:
+        """All of them fit into this one, which is noticed."""
+        bench = Bench("cuda", True, tmp_path)
+        with pretended_gpu(), pytest.raises(RuntimeError, match="the memory did not run out: more pictures are needed"):
+            out_of_memory.on_card(bench)
+        assert any("128 answers of 128 pictures, 0 failures" in line for line in bench.lines)
 
 
 class TestRun:
