@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from benchmarks.gpu_sections import bench as shared
 from benchmarks.gpu_sections import decode, forward, machine, out_of_memory, runtimes
 from benchmarks.gpu_sections.bench import Bench
 from tests.workers.pretended import pretended_gpu
-from workers import batchdecode
 
 __all__ = ["pretended_gpu"]
 
@@ -137,15 +136,12 @@ class TestOnAPretendedGpu:
     """What sections do only where there is a GPU; torch's tensors are said to be on one."""
 
     @pytest.fixture(autouse=True)
-    def _there(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def _there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         plain = io.decode_jpeg
         monkeypatch.setattr(
             io, "decode_jpeg", lambda data, mode, device: [one.to(device) for one in plain(data, mode=mode)]
         )
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        batchdecode.check.cache_clear()
-        yield
-        batchdecode.check.cache_clear()
 
     @pytest.mark.parametrize(
         "name",

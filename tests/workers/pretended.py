@@ -7,6 +7,7 @@ says nothing of kernels, streams, memory or speed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -135,9 +136,8 @@ def _ran(func: Any, args: Any, kwargs: Any) -> Any:
         on_gpu = isinstance(args[0], OnGpu)
     else:
         on_gpu = bool(there)
-    here = [
-        tensor for tensor in given if not isinstance(tensor, OnGpu) and tensor.ndim
-    ]  # single numbers may come along
+    # Single numbers may come along.
+    here = [tensor for tensor in given if not isinstance(tensor, OnGpu) and tensor.ndim]
     if there and here and not (first and (on_gpu or func.overloadpacket is _aten.copy_)):
         raise RuntimeError(f"expected all tensors on one device, but {func} got some on cuda:0 and some on the cpu")
     if there and torch.Tag.inplace_view in getattr(func, "tags", ()):
@@ -155,6 +155,9 @@ def _ran(func: Any, args: Any, kwargs: Any) -> Any:
         return known if known is not None else OnGpu(tensor) if on_gpu else tensor
 
     return tree_map_only(torch.Tensor, placed, found)
+
+
+_handles = itertools.count(1)
 
 
 class _Event:
@@ -175,9 +178,8 @@ class _Event:
 class _Stream:
     """Everything is done when it is asked for."""
 
-    cuda_stream = 0
-
-    def __init__(self, *given: Any, **named: Any) -> None: ...
+    def __init__(self, *given: Any, **named: Any) -> None:
+        self.cuda_stream = next(_handles)
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -226,9 +228,9 @@ def _capture(graph: _Graph, *, stream: Any, capture_error_mode: str) -> Iterator
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """A context in which the calling thread, and every thread that is started in it, has a GPU."""
-    from workers import graphed, uploading
+    from workers import batchdecode, graphed, uploading
 
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
     made: Any = torch.cuda
@@ -241,8 +243,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractConte
     monkeypatch.setattr(made, "mem_get_info", lambda: (2, 3))
     monkeypatch.setattr(made, "CUDAGraph", _Graph)
     monkeypatch.setattr(made, "graph", _capture)
-    graphed._capturing.cache_clear()
-    uploading._copying.cache_clear()
+    kept = (graphed._capturing, uploading._copying, batchdecode._stream, batchdecode.check)
+    for one in kept:
+        one.cache_clear()
     plain = threading.Thread.run
 
     def run(thread: threading.Thread) -> None:
@@ -259,4 +262,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractConte
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
 
-    return there
+    yield there
+    for one in kept:  # streams that are none
+        one.cache_clear()

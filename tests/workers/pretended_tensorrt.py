@@ -28,6 +28,7 @@ class Said:
     Attributes:
         inside: how often pycuda's context is the current one.
         ran: shapes of each run, inputs by name.
+        streams: handles of those that anything ran on.
         no_room: contexts that cannot be made, before one can.
         cannot: a reason why nothing can be built.
         off: added to every number of a result.
@@ -36,6 +37,7 @@ class Said:
     def __init__(self) -> None:
         self.inside = self.built = self.no_room = 0
         self.ran: list[dict[str, tuple[int, ...]]] = []
+        self.streams: set[int] = set()
         self.cannot, self.off = "", 0.0
 
 
@@ -218,6 +220,7 @@ class _Context:
         said = self._engine.said
         assert said.inside
         said.ran.append(dict(self._given))
+        said.streams.add(stream)
         inputs = {name: self._memory(name, shape).copy() for name, shape in self._given.items()}
         for name, found in zip(self._engine.outputs, self._engine.session.run(None, inputs), strict=True):
             self._memory(name, found.shape)[...] = found + np.asarray(said.off, found.dtype)

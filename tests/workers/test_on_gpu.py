@@ -24,7 +24,7 @@ from tests.workers.models import test_conformance as shared
 from tests.workers.models import tinydiffusion
 from tests.workers.models.promptable_support import Shelf
 from tests.workers.pretended import OnGpu, pretended_gpu
-from workers import batchdecode, devices, graphed, inflight, models, nms, runtimes, submit, torchcall
+from workers import devices, graphed, inflight, models, nms, runtimes, submit, torchcall
 from workers.incarnation import Incarnation
 from workers.models import Encodings, Item, Prepared, Site
 from workers.stream import Stream
@@ -74,6 +74,21 @@ class TestGraphs:
             graph = graphed.captured(torchcall.called(module.to("cuda")), [torch.zeros(2, 3, 8, 8, device="cuda")])
             found = [graph(one.to("cuda"))[0] for one in some]
             assert all(torch.allclose(a.cpu(), b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+    def test_all_are_captured_on_one_stream(self, pretended_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With one each, of the few that torch has, another thread's work could come into a graph."""
+        streams, plain = [], torch.cuda.graph
+
+        def graph(made: Any, *, stream: Any, capture_error_mode: str) -> Any:
+            streams.append(stream)
+            return plain(made, stream=stream, capture_error_mode=capture_error_mode)
+
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        with torch.inference_mode(), pretended_gpu():
+            for side in (1, 2):
+                graphed.captured(lambda one: (one + 1,), [torch.zeros(side, device="cuda")])
+        assert len(streams) == 2
+        assert streams[0] is streams[1]
 
     def test_what_asks_for_a_number_runs_without(self, pretended_gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
         def call(one: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -254,14 +269,8 @@ def test_a_job_whose_pictures_the_gpu_decodes(
 
     monkeypatch.setattr(io, "decode_jpeg", decode_jpeg)
     monkeypatch.setattr(devices, "_gpus", lambda: [devices.Device("GPU-1", "none", 24)])
-    batchdecode.check.cache_clear()
-    batchdecode._stream.cache_clear()
-    try:
-        with pretended_gpu():
-            found = job(tmp_path / "gpu", "gpu", {"gpu_decode": True}, dataset=pictures, **asked)
-    finally:
-        batchdecode.check.cache_clear()
-        batchdecode._stream.cache_clear()
+    with pretended_gpu():
+        found = job(tmp_path / "gpu", "gpu", {"gpu_decode": True}, dataset=pictures, **asked)
     assert sum(counts[1:]) == 15, "the JPEGs, after one to see whether it can"
     assert all(shared.same(a, b, 1e-3) for a, b in zip(found, on_cpu, strict=True))
 

@@ -78,6 +78,7 @@ def test_a_larger_side_has_a_wider_engine_built_once(said: Said, pretended_gpu: 
         again = opened(files)
         agrees(again, given(3, 11, 9))
     assert said.built == 2, "both are kept"
+    assert len(said.streams) == 1, "all engines run on one"
 
 
 def test_what_was_measured_in_a_build_helps_the_next(
