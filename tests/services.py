@@ -305,7 +305,7 @@ class Valkey(Server):
         import redis
 
         return redis.Redis(
-            HOST, self.port, db=database, password=self.password, socket_timeout=2, protocol=2, retry=None
+            HOST, self.port, db=database, password=self.password, socket_timeout=15, protocol=2, retry=None
         )
 
     def _prepare(self) -> None:

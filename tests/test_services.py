@@ -40,8 +40,8 @@ def _dirty_environment() -> Iterator[None]:
 
 
 def connect(url: str, **options: object) -> redis.Redis:
-    """A client of a Valkey URL that gives up after a second and never retries."""
-    settings = {"socket_timeout": 1, "socket_connect_timeout": 1, "retry": None, **options}
+    """A client of a Valkey URL that gives up after a time no busy machine needs, and never retries."""
+    settings = {"socket_timeout": 15, "socket_connect_timeout": 15, "retry": None, **options}
     return redis.Redis.from_url(url, **settings)  # type: ignore[arg-type]
 
 
@@ -243,8 +243,8 @@ def test_valkey_killed_keeps_what_it_acknowledged() -> None:
 
 
 def test_valkey_frozen_does_not_answer_until_thawed() -> None:
-    with Valkey() as server, connect(server.url) as client:
-        with frozen(server):
+    with Valkey() as server:
+        with frozen(server), connect(server.url, socket_timeout=1) as client:
             assert is_listening(server.port)
             with pytest.raises(redis.TimeoutError):
                 client.ping()
@@ -351,10 +351,9 @@ def test_seaweed_killed_keeps_what_it_acknowledged() -> None:
 
 def test_seaweed_frozen_does_not_answer_until_thawed() -> None:
     with SeaweedFS() as server:
-        client = server.client(read_timeout=1)
         with frozen(server), pytest.raises(botocore.exceptions.ReadTimeoutError):
-            client.list_buckets()
-        assert client.list_buckets()["Buckets"]
+            server.client(read_timeout=1).list_buckets()
+        assert server.client().list_buckets()["Buckets"]
 
 
 def test_seaweed_checks_secrets_and_conditions(seaweed: SeaweedFS) -> None:
@@ -381,8 +380,13 @@ def tcp(valkey: Valkey) -> Iterator[FaultProxy]:
 @pytest.fixture
 def through(tcp: FaultProxy, valkey: Valkey, broker_url: str) -> Iterator[redis.Redis]:
     """A client of an empty Valkey database, through the proxy."""
-    with connect(broker_url.replace(f":{valkey.port}/", f":{tcp.port}/")) as client:
+    with connect(by_way_of(tcp, valkey, broker_url)) as client:
         yield client
+
+
+def by_way_of(tcp: FaultProxy, valkey: Valkey, broker_url: str) -> str:
+    """The same database's URL, at the proxy."""
+    return broker_url.replace(f":{valkey.port}/", f":{tcp.port}/")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -403,7 +407,7 @@ def test_proxy_latency(tcp: FaultProxy, through: redis.Redis) -> None:
     tcp.latency = 0.1
     assert seconds(through.ping) >= 0.2
     tcp.heal()
-    assert soon(seconds(through.ping), 0.1)
+    assert min(seconds(through.ping) for _ in range(9)) < 0.2
 
 
 def test_proxy_rate(tcp: FaultProxy, through: redis.Redis) -> None:
@@ -414,16 +418,20 @@ def test_proxy_rate(tcp: FaultProxy, through: redis.Redis) -> None:
     assert soon(took_s, 2)
 
 
-def test_proxy_blackhole_holds_what_is_sent_until_healed(tcp: FaultProxy, through: redis.Redis) -> None:
+def test_proxy_blackhole_holds_what_is_sent_until_healed(
+    tcp: FaultProxy, valkey: Valkey, broker_url: str, through: redis.Redis
+) -> None:
     through.ping()
     tcp.blackhole()
-    with pytest.raises(redis.TimeoutError):
-        through.incr("counter")
-    with pytest.raises(redis.TimeoutError):
-        through.ping()
-    assert is_listening(tcp.port)
-    tcp.heal()
-    assert through.ping()
+    with connect(by_way_of(tcp, valkey, broker_url), socket_timeout=1) as hasty, pytest.raises(redis.TimeoutError):
+        hasty.ping()
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(through.incr, "counter")
+        with pytest.raises(TimeoutError):
+            held.result(timeout=0.5)
+        assert is_listening(tcp.port)
+        tcp.heal()
+        assert held.result() == 1
 
 
 def test_proxy_refuses_and_listens_again(tcp: FaultProxy, through: redis.Redis) -> None:
@@ -614,10 +622,10 @@ def test_http_proxy_delays_and_is_slow(http: HttpFaultProxy, seaweed: SeaweedFS,
 
 
 def test_http_proxy_blackhole_is_a_read_timeout(http: HttpFaultProxy, seaweed: SeaweedFS, bucket: str) -> None:
-    client = seaweed.client(http.url, read_timeout=1)
+    client = seaweed.client(http.url)
     client.list_objects_v2(Bucket=bucket)
     http.blackhole()
     with pytest.raises(botocore.exceptions.ReadTimeoutError):
-        client.list_objects_v2(Bucket=bucket)
+        seaweed.client(http.url, read_timeout=1).list_objects_v2(Bucket=bucket)
     http.heal()
     assert client.list_objects_v2(Bucket=bucket)["KeyCount"] == 0

@@ -51,7 +51,7 @@ def stack(template: Template, own: Valkey, monkeypatch: pytest.MonkeyPatch, tmp_
 @contextlib.contextmanager
 def broker(stack: Stack) -> Iterator[redis.Redis]:
     """A client of the stack's broker."""
-    with redis.Redis.from_url(stack["IMAGEMILL_BROKER_URL"], socket_timeout=5) as client:
+    with redis.Redis.from_url(stack["IMAGEMILL_BROKER_URL"], socket_timeout=15) as client:
         yield client
 
 
