@@ -96,13 +96,16 @@ def rounds(
     """Take every measure once a round, so that what disturbs the machine disturbs all alike.
 
     Args:
+        measures: one that stands there several times is taken as often, and the round's figures are the means.
         done: told after each round the medians so far, and (label, reason) of each measure that could not be taken;
             one is not asked twice.
     """
-    found: dict[str, list[Figures]] = {measure.label: [] for measure in measures}
+    different = {measure.label: measure for measure in measures}
+    found: dict[str, list[Figures]] = {label: [] for label in different}
     without: dict[str, str] = {}
     for number in range(count):
         say(f"round {number + 1} of {count}, load {os.getloadavg()[0]:.1f}")
+        here: dict[str, list[Figures]] = {label: [] for label in different}
         for measure in measures:
             if measure.label in without:
                 continue
@@ -112,14 +115,20 @@ def rounds(
                 without[measure.label] = str(reason)
                 say(f"  {measure.label:<58} left out: {reason}")
                 continue
-            found[measure.label].append(figures)
+            here[measure.label].append(figures)
             say(f"  {measure.label:<58} {figures['rate']:9.1f} items/s")
-        taken = [
-            Taken(measure, medians(found[measure.label]), tuple(f["rate"] for f in found[measure.label]))
-            for measure in measures
-            if measure.label not in without
-        ]
+        taken = []
+        for label, measure in different.items():
+            if label not in without:
+                found[label].append(means(here[label]))
+                taken.append(Taken(measure, medians(found[label]), tuple(f["rate"] for f in found[label])))
         done(taken, list(without.items()))
+
+
+def means(found: Sequence[Mapping[str, float]]) -> Figures:
+    """The mean of each figure, of rates by their times. All of `found`, at least one, have the same names."""
+    mean = {"rate": statistics.harmonic_mean}
+    return {name: mean.get(name, statistics.fmean)([figures[name] for figures in found]) for name in found[0]}
 
 
 def medians(found: Sequence[Mapping[str, float]]) -> Figures:

@@ -115,7 +115,8 @@ ratios, since the speed of a shared machine differs more between rounds than wit
 decode + prepare), each alone on all cores, which on a CPU they share; the forward pass is of one batch after another,
 so a program that begins the next one on the cores that are free may pass it by a little. Peers are timed after their
 first batch; imagemill from its first claim to the last commit, on a worker that holds the model. limit, bare forward,
-HF pipeline and DataLoader are of the same precision as imagemill's row; the others are as fast as they come."""
+HF pipeline and DataLoader are of the same precision as imagemill's row; the others are as fast as they come. Decoding
+and the stub's jobs are measured by turns, several times a round, of which the mean time counts."""
 
 
 def _ratio_table(ours: Sequence[Taken], taken: Sequence[Taken]) -> str:

@@ -62,6 +62,13 @@ class TestRounds:
         assert [(t.rate, t.rates) for t in found] == [(2, (1, 9, 2)), (5, (5, 6, 4))]
         assert not without
 
+    def test_what_stands_there_twice_is_taken_twice_and_a_round_has_its_mean_time(self) -> None:
+        often = measure("w", "a", take=Clock(2, 6, 4, 4, 9, 9))
+        found, without = rounds([often, measure("w", "b", take=Clock(5, 6, 4)), often])
+        assert [(t.rate, t.rates) for t in found] == [(4, (3, 4, 9)), (5, (5, 6, 4))]
+        assert not without
+        assert common.means([{"rate": 1, "idle": 0.3}, {"rate": 1, "idle": 0.1}]) == {"rate": 1, "idle": 0.2}
+
     def test_what_cannot_be_taken_is_asked_once_and_told(self) -> None:
         asked: list[int] = []
 
@@ -224,8 +231,9 @@ def test_every_measure_has_a_name_of_its_own(tmp_path: Path) -> None:
     class Mill:
         def job(self) -> None: ...
 
-    labels = [one.label for one in run.measures(tmp_path, Mill(), run.Plan())]  # type: ignore[arg-type]
-    assert len(labels) == len(set(labels))
+    measures = set(run.measures(tmp_path, Mill(), run.Plan()))  # type: ignore[arg-type]
+    labels = {one.label for one in measures}
+    assert len(labels) == len(measures)
     assert {role for role in table.PEERS if any(role in label for label in labels)} == set(table.PEERS)
 
 
